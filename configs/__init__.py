@@ -1,0 +1,1 @@
+"""Recipes: data only, one runnable file each, all deltas of `configs.base`."""

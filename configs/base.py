@@ -1,0 +1,74 @@
+"""Every field of a config, with the choices that GRPO makes on each axis.
+
+No recipe by itself: it has no environment. See `postrain.recipe` for what the
+fields mean.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      seed=0,
+      environment=dict(),
+      model=dict(),
+      rewards=dict(),
+      # One choice per axis.
+      advantage=dict(name='group_normalized', eps=1e-6),
+      loss=dict(name='ppo_clip', clip_low=0.2, clip_high=0.2),
+      aggregation=dict(name='token_mean'),
+      correction=config_dict.placeholder(dict),
+      kl=dict(
+        estimator=dict(name='k3'),
+        reward_coef=config_dict.placeholder(float),
+        loss_coef=config_dict.placeholder(float),
+        aggregation=config_dict.placeholder(dict),
+      ),
+      entropy_coef=config_dict.placeholder(float),
+      reference=dict(update='frozen', decay=0.99, every=1),
+      filter=dict(overlong='keep', informative_only=False, max_rollouts=1),
+      # How much of it.
+      sampling=dict(
+        num_samples=8,
+        max_new_tokens=16,
+        temperature=1.0,
+        top_k=config_dict.placeholder(int),
+        top_p=config_dict.placeholder(float),
+        min_p=config_dict.placeholder(float),
+      ),
+      sft=dict(
+        num_steps=0,
+        batch_size=32,
+        num_examples=config_dict.placeholder(int),
+        num_micro_batches=1,
+        optimizer=dict(name='adamw', learning_rate=1e-3),
+      ),
+      rl=dict(
+        num_iterations=0,
+        num_prompts=32,
+        num_epochs=1,
+        num_minibatches=1,
+        num_micro_batches=1,
+        num_score_slices=1,
+        optimizer=dict(name='adamw', learning_rate=1e-3),
+      ),
+      evaluation=dict(
+        every=0,
+        grader='',
+        threshold=1.0,
+        num_prompts=128,
+        batch_size=128,
+        num_samples=0,
+        ks=(1,),
+      ),
+      logging=dict(
+        table_every=0,
+        tensorboard=False,
+        wandb_project=config_dict.placeholder(str),
+      ),
+      checkpoint=dict(every=50, keep=2, export=True),
+      mesh=dict(data=1, fsdp=1, tensor=1),
+      chunk_size=128,
+    )
+  )

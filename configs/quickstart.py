@@ -1,0 +1,39 @@
+"""Two-digit addition, from nothing: a short warm-up, then GRPO with a verifier.
+
+A small transformer first imitates a few demonstrations, enough to write numbers
+but not to add, and then learns to add from the exact-match reward alone.
+
+  python experiments/train.py --config=configs/quickstart.py \\
+    --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+  config = base.get_config()
+  config.environment = dict(
+    name='task', task=dict(name='arithmetic', num_digits=2)
+  )
+  config.model = dict(
+    name='transformer', num_layers=2, model_dim=128, mlp_dim=512,
+    num_heads=4, num_kv_heads=4, head_dim=32, max_length=32,
+  )  # fmt: skip
+  config.rewards = dict(exact=dict(name='exact', weight=1.0))
+  config.sampling.num_samples = 8
+  config.sampling.max_new_tokens = 4
+  config.sft.num_steps = 300
+  config.sft.batch_size = 128
+  config.sft.optimizer = dict(name='adamw', learning_rate=1e-3)
+  config.rl.num_iterations = 200
+  config.rl.num_prompts = 64
+  config.rl.optimizer = dict(name='adamw', learning_rate=3e-4)
+  config.evaluation.every = 50
+  config.evaluation.grader = 'exact'
+  config.evaluation.num_prompts = 512
+  config.evaluation.batch_size = 512
+  config.logging.table_every = 50
+  config.checkpoint.every = 100
+  return config

@@ -1,0 +1,93 @@
+"""The networks of a run: from a config block to a model and its parameters."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+
+from postrain.environments import Environment
+from postrain.models.config import Config
+from postrain.models.transformer import transformer as make_transformer
+from postrain.tasks.sort import toy_policy
+from postrain.types import Model, Params
+
+__all__ = ['sort_policy', 'transformer']
+
+
+@dataclasses.dataclass(frozen=True)
+class Actor:
+  """A model, where its parameters come from, and where they can go.
+
+  Attributes:
+    model: see `postrain.types.Model`.
+    init: (key, shardings) -> params.
+    export: (directory, params) -> None writes a Hugging Face directory; None
+      where the model has no such form.
+  """
+
+  model: Model
+  init: Callable[[Any, Any], Params]
+  export: Callable[[str, Params], None] | None
+
+
+def transformer(
+  environment: Environment,
+  *,
+  num_layers: int,
+  model_dim: int,
+  mlp_dim: int,
+  num_heads: int,
+  num_kv_heads: int,
+  head_dim: int,
+  max_length: int,
+  rope_theta: float = 10_000.0,
+  norm_eps: float = 1e-6,
+  tie_embeddings: bool = True,
+  qkv_bias: bool = False,
+  qk_norm: bool = False,
+  dtype: str = 'float32',
+  param_dtype: str = 'float32',
+  remat: str | None = None,
+) -> Actor:
+  """A decoder from scratch; see `postrain.models.transformer.Config`."""
+  config = Config(
+    vocab_size=environment.vocab_size,
+    num_layers=num_layers,
+    model_dim=model_dim,
+    mlp_dim=mlp_dim,
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    max_length=max_length,
+    rope_theta=rope_theta,
+    norm_eps=norm_eps,
+    tie_embeddings=tie_embeddings,
+    qkv_bias=qkv_bias,
+    qk_norm=qk_norm,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    remat=remat,
+  )
+  model = make_transformer(config)
+  return Actor(model, _jitted_init(model), None)
+
+
+def sort_policy(environment: Environment, *, embed_dim: int) -> Actor:
+  """The toy policy of the sort experiment; see `postrain.tasks.sort`."""
+  task = environment.device_task
+  if task is None:
+    raise ValueError("model 'sort_policy' needs the environment of a sort task")
+  model = toy_policy(
+    vocab_size=task.vocab_size,
+    length=task.completion_length,
+    embed_dim=embed_dim,
+  )
+  return Actor(model, _jitted_init(model), None)
+
+
+def _jitted_init(model: Model) -> Callable[[Any, Any], Params]:
+  """Initialise under jit: eager bits differ."""
+  return lambda key, shardings: jax.jit(model.init, out_shardings=shardings)(
+    key
+  )

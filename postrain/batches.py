@@ -1,0 +1,233 @@
+"""From rollouts to optimiser minibatches: advantages, weights, layouts."""
+
+from collections.abc import Callable, Mapping
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+import numpy as np
+
+from postrain.types import Batch, Packing, Rollout
+
+
+def call_by_name(fn: Callable, arrays: Mapping[str, Any]) -> Any:
+  """Pass the arrays that a signature asks for by name."""
+  wanted = [
+    p
+    for p in inspect.signature(fn).parameters.values()
+    if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+  ]
+  missing = [
+    p.name
+    for p in wanted
+    if arrays.get(p.name) is None and p.default is p.empty
+  ]
+  if missing:
+    raise ValueError(
+      f'{getattr(fn, "func", fn).__name__} asks for {", ".join(missing)};'
+      f' this assembly has: {", ".join(sorted(arrays))}'
+    )
+  return fn(*(arrays.get(p.name) for p in wanted))
+
+
+def assemble(
+  rollout: Rollout,
+  *,
+  advantage: Callable[..., Array],
+  trained: Bool[Array, 'B T'] | None = None,
+  counted: Bool[Array, 'B T'] | None = None,
+) -> Batch:
+  """Make a batch of a rollout, with advantages over its groups.
+
+  The weights come from `reweigh`, anew for each optimiser minibatch.
+
+  Args:
+    rollout: its rewards [P G] already hold what shapes them.
+    advantage: (rewards [P G]) -> [P G].
+    trained: tokens of the policy term, the mask if None.
+    counted: tokens of its denominator, ``trained`` if None.
+  """
+  mask = rollout.mask
+  rewards = rollout.rewards
+  groups = jnp.repeat(jnp.arange(rewards.shape[0]), rewards.shape[1])
+  advantages = call_by_name(advantage, {'rewards': rewards}).reshape(-1, 1)
+  trained = mask if trained is None else trained & mask
+  counted = trained if counted is None else counted & mask
+  arrays = {
+    'advantages': jnp.where(mask, advantages, 0),
+    'groups': groups,
+    'trained': trained,
+    'counted': counted,
+  }
+  return Batch(
+    tokens=rollout.tokens,
+    valid=rollout.valid,
+    mask=mask,
+    weights={},
+    arrays={**rollout.arrays, **arrays},
+  )
+
+
+def reweigh(
+  batch: Batch,
+  *,
+  aggregation: Callable[..., Array],
+  kl_aggregation: Callable[..., Array] | None = None,
+  correction: Callable[..., Array] | None = None,
+) -> Batch:
+  """Compute the weights of an optimiser minibatch on all of it.
+
+  weights = where(trained, aggregation(counted), 0) x correction for the term
+  ``policy``; ``entropy`` and ``value`` (and ``kl``, unless it has an
+  aggregation of its own) are aggregated over all of ``batch.mask``.
+
+  Args:
+    batch: from `assemble`.
+    aggregation: of `postrain.aggregation`.
+    kl_aggregation: likewise.
+    correction: of `postrain.importance`, for the gap between sampler and
+      learner; it changes no denominator.
+  """
+
+  def aggregate(fn: Callable[..., Array], mask: Array) -> Array:
+    return call_by_name(fn, {'mask': mask, 'groups': batch.arrays['groups']})
+
+  policy = aggregate(aggregation, batch.arrays['counted'])
+  policy = jnp.where(batch.arrays['trained'], policy, 0)
+  if correction is not None:
+    arrays = {**batch.arrays, 'mask': batch.mask}
+    policy = policy * call_by_name(correction, arrays)
+  everyone = aggregate(aggregation, batch.mask)
+  weights = {'policy': policy, 'entropy': everyone, 'value': everyone}
+  weights['kl'] = aggregate(kl_aggregation or aggregation, batch.mask)
+  return batch.replace(weights=weights)
+
+
+def take(batch: Batch, rows: Int[Array, ' N']) -> Batch:
+  """Pick rows; weights are those of the whole until `reweigh`."""
+  return jax.tree.map(lambda x: x[rows], batch)
+
+
+def minibatch_rows(
+  num_rows: int, num_minibatches: int, *, unit_size: int, seed: int
+) -> Int[np.ndarray, 'M N']:
+  """Shuffle units into minibatches: a pure function of the seed."""
+  num_units = num_rows // unit_size
+  if num_rows % unit_size or num_units % num_minibatches:
+    raise ValueError(
+      f'{num_rows} rows in units of {unit_size} do not divide into'
+      f' {num_minibatches} minibatches: change num_minibatches or the number'
+      ' of prompts or samples'
+    )
+  order = np.arange(num_units)
+  if num_minibatches > 1:
+    order = np.random.default_rng(seed).permutation(num_units)
+  rows = order[:, None] * unit_size + np.arange(unit_size)
+  return rows.reshape(num_minibatches, -1)
+
+
+def pack(
+  valid: Bool[np.ndarray, 'B T'],
+  *,
+  width: int,
+  num_slices: int = 1,
+  unit_size: int = 1,
+  num_rows: int | None = None,
+) -> Packing:
+  """Lay sequences of unequal lengths into few rows (first fit, longest first).
+
+  Packing is a layout of the model call alone. Each of the ``num_slices``
+  strided slices of units (see `cut`) is laid out in rows of its own.
+
+  Args:
+    valid: True on real tokens.
+    width: slots of a row, at least the longest sequence.
+    num_slices: number of micro-batches or scoring slices.
+    unit_size: rows of a unit.
+    num_rows: rows of a slice; as few as will do if None.
+
+  Raises:
+    ValueError: a sequence is longer than a row, or rows do not suffice.
+  """
+  longest = int(valid.sum(-1).max(initial=0))
+  if longest > width:
+    raise ValueError(f'a sequence of {longest} tokens, rows of {width} slots')
+  slices = cut(valid, num_slices, unit_size)
+  fits = [_first_fit(piece.sum(-1), width) for piece in slices]
+  needed = max(max(rows, default=0) + 1 for rows, _ in fits)
+  if num_rows is not None and needed > num_rows:
+    raise ValueError(f'{needed} rows are needed, num_rows={num_rows} given')
+  pieces = [
+    _lay_out(piece, *fit, num_rows or needed, width)
+    for piece, fit in zip(slices, fits, strict=True)
+  ]
+  stacked = jax.tree.map(lambda *x: np.stack(x), *pieces)
+  slot = join(stacked.slot, unit_size)
+  return join(stacked.replace(slot=None)).replace(slot=slot)
+
+
+def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:
+  """Row and first slot of each sequence."""
+  used: list[int] = []
+  rows, starts = [0] * len(lengths), [0] * len(lengths)
+  for b in np.argsort(-lengths, kind='stable'):
+    row = next(
+      (r for r, n in enumerate(used) if n + lengths[b] <= width), len(used)
+    )
+    if row == len(used):
+      used.append(0)
+    rows[b], starts[b] = row, used[row]
+    used[row] += int(lengths[b])
+  return rows, starts
+
+
+def _lay_out(
+  valid: np.ndarray, rows: list[int], starts: list[int], num_rows: int,
+  width: int,
+) -> Packing:  # fmt: skip
+  batch_size, length = valid.shape
+  source = np.zeros((num_rows, width), np.int32)
+  segment_ids, positions = np.zeros_like(source), np.zeros_like(source)
+  slot = np.zeros((batch_size, length), np.int32)
+  for b in range(batch_size):
+    (real,) = np.nonzero(valid[b])
+    slots = slice(starts[b], starts[b] + len(real))
+    source[rows[b], slots] = b * length + real
+    positions[rows[b], slots] = np.arange(len(real))
+    segment_ids[rows[b], slots] = segment_ids[rows[b]].max(initial=0) + 1
+    slot[b, real] = rows[b] * width + starts[b] + np.arange(len(real))
+  return Packing(source, segment_ids, positions, slot)
+
+
+def cut(tree: Any, num_slices: int, unit_size: int = 1) -> Any:
+  """Cut the leading axis into strided slices: slice m has units m, m + M, ...
+
+  Strided, so that each shard of a sharded leading axis gives its part to every
+  slice and nothing moves between devices.
+
+  Raises:
+    ValueError: the slices would cut a unit or be unequal.
+  """
+
+  def cut_leaf(x: Array) -> Array:
+    if x.shape[0] % (num_slices * unit_size):
+      raise ValueError(
+        f'{x.shape[0]} rows do not divide into {num_slices} slices of whole'
+        f' units of {unit_size}: change the batch or the number of slices'
+      )
+    units = x.reshape(-1, num_slices, unit_size, *x.shape[1:])
+    return units.swapaxes(0, 1).reshape(num_slices, -1, *x.shape[1:])
+
+  return jax.tree.map(cut_leaf, tree)
+
+
+def join(tree: Any, unit_size: int = 1) -> Any:
+  """Undo `cut`."""
+
+  def join_leaf(x: Array) -> Array:
+    units = x.reshape(x.shape[0], -1, unit_size, *x.shape[2:])
+    return units.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+  return jax.tree.map(join_leaf, tree)

@@ -1,0 +1,62 @@
+"""Save and restore a run's state with Orbax."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Checkpoints:
+  """The checkpoints of a run: atomic, complete or absent.
+
+  A step is committed by a rename; what a kill leaves half-written is never
+  listed and is replaced when the step is saved again.
+  """
+
+  def __init__(self, directory: str, *, keep: int):
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, cleanup_tmp_directories=True
+    )
+    self._manager = ocp.CheckpointManager(
+      os.path.abspath(directory), options=options
+    )
+
+  def latest(self) -> int | None:
+    """The newest committed step."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any) -> None:
+    """Save ``state`` under ``step`` and wait until it is committed."""
+    import orbax.checkpoint as ocp
+
+    check_leaves(state)
+    saved = self._manager.save(step, args=ocp.args.StandardSave(state))
+    self._manager.wait_until_finished()
+    if not saved:
+      raise ValueError(
+        f'checkpoint {step} was not written: a checkpoint of that step or a'
+        f' later one stands in {self._manager.directory}'
+      )
+
+  def restore(self, step: int, like: Any) -> Any:
+    """Restore ``step`` into the structure, dtypes and shardings of ``like``."""
+    import orbax.checkpoint as ocp
+
+    return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+
+  def close(self) -> None:
+    """Wait for what is under way and release the directory."""
+    self._manager.close()
+
+
+def check_leaves(state: Any) -> None:
+  """Refuse leaves that Orbax would hang on."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+      raise ValueError(
+        f'checkpoint leaf {jax.tree_util.keystr(path)} is {type(leaf)}:'
+        ' only arrays are saved'
+      )

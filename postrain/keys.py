@@ -1,0 +1,32 @@
+"""Random keys of a run: folded from what they are for, never split in turn."""
+
+import jax
+from jaxtyping import Array, Int, Key
+
+PURPOSES = (
+  'init',
+  'prompts',
+  'sample',
+  'held_out',
+  'demonstrations',
+  'evaluation',
+)
+
+
+def run_key(
+  seed: int | Int[Array, ''], purpose: str, iteration: int | Int[Array, ''] = 0
+) -> Key[Array, '']:
+  """The key of (seed, purpose, iteration).
+
+  Prompt, sample and token position are folded in where they are known, so that
+  a run can be continued anywhere and nothing depends on what was drawn before.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
+  return jax.random.fold_in(key, iteration)
+
+
+def prompt_keys(
+  key: Key[Array, ''], prompt_ids: Int[Array, ' P']
+) -> Key[Array, ' P']:
+  """One key per prompt."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)

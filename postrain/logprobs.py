@@ -1,0 +1,174 @@
+"""From logits, or hidden states, to what a loss needs of each token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.nn import logsumexp
+import jax.numpy as jnp
+from jaxtyping import Float, Int, PyTree, Shaped
+
+from postrain.dtypes import Scalar, promoted
+
+__all__ = [
+  'kept_token_logprobs',
+  'map_time_chunks',
+  'token_entropy',
+  'token_logprobs',
+]
+
+
+def token_logprobs(
+  logits: Float[Array, '*n V'],
+  tokens: Int[Array, '*n'],
+  *,
+  temperature: Scalar = 1.0,
+) -> Float[Array, '*n']:
+  """Log-probability of each token.
+
+      log π(a) = z_a / τ − log Σ_v exp(z_v / τ)
+
+  The trainer must use the temperature that the sampler used, or every
+  importance ratio is off (a known defect of several trainers).
+
+  Args:
+    logits: unnormalised scores z; bfloat16 is summed in float32.
+    tokens: ids a in [0, V).
+    temperature: τ > 0.
+
+  Returns:
+    Log-probabilities, at most 0.
+  """
+  (logits,) = promoted(logits)
+  logits = logits / temperature
+  return _at(logits, tokens) - logsumexp(logits, axis=-1)
+
+
+def token_entropy(
+  logits: Float[Array, '*n V'], *, temperature: Scalar = 1.0
+) -> Float[Array, '*n']:
+  """Entropy of each token's distribution, in nats.
+
+      H = −Σ_v π_v log π_v
+
+  From all logits, hence without variance; −log π(a) of the sampled token is
+  its one-sample estimate. Excluded candidates (logit −inf) add 0.
+
+  Args:
+    logits: unnormalised scores z; bfloat16 is summed in float32.
+    temperature: τ > 0.
+
+  Returns:
+    Entropies in [0, log V].
+  """
+  (logits,) = promoted(logits)
+  logits = logits / temperature
+  normalizer = logsumexp(logits, axis=-1)
+  probs = jnp.exp(logits - normalizer[..., None])
+  scores = jnp.where(jnp.isneginf(logits), 0, logits)
+  return normalizer - jnp.sum(probs * scores, axis=-1)
+
+
+def kept_token_logprobs(
+  logits: Float[Array, '*n V'],
+  tokens: Int[Array, '*n'],
+  kept: Int[Array, '*n K'],
+  *,
+  temperature: Scalar = 1.0,
+) -> Float[Array, '*n']:
+  """Log-probability among the candidates that the sampler's filters kept.
+
+      log π_S(a) = z_a / τ − log Σ_{v∈S} exp(z_v / τ)
+
+  Without it the ratio to a top-p or top-k sampler is the kept mass instead of
+  1 at equal parameters. A token outside S has log-probability −inf. Where no
+  candidate is recorded (prompt, padding, no filter) S is the whole vocabulary.
+
+  Args:
+    logits: unnormalised scores z.
+    tokens: ids a, members of S.
+    kept: ids of S in any order, filled up with −1.
+    temperature: τ > 0.
+
+  Returns:
+    Log-probabilities, at most 0.
+
+  References:
+    DeepSeek-AI, 2025, DeepSeek-V3.2: Pushing the Frontier of Open Large
+    Language Models, arXiv:2512.02556 ("keep sampling mask").
+  """
+  (logits,) = promoted(logits)
+  logits = logits / temperature
+  recorded = kept >= 0
+  scores = jnp.take_along_axis(logits, jnp.maximum(kept, 0), axis=-1)
+  unfiltered = ~jnp.any(recorded, axis=-1)
+  member = jnp.any(kept == tokens[..., None], axis=-1) | unfiltered
+  # An empty set would put a NaN into the gradient of its log-sum-exp.
+  shown = recorded | unfiltered[..., None]
+  among = logsumexp(jnp.where(shown, scores, -jnp.inf), axis=-1)
+  normalizer = jnp.where(unfiltered, logsumexp(logits, axis=-1), among)
+  return jnp.where(member, _at(logits, tokens) - normalizer, -jnp.inf)
+
+
+def map_time_chunks(
+  fn: Callable[..., PyTree],
+  unembed: Callable[[Array], Array],
+  hidden: Float[Array, 'B T D'],
+  *arrays: Shaped[Array, 'B T ...'],
+  chunk_size: int,
+) -> PyTree[Any]:
+  """Maps a function of logits over chunks of time.
+
+      out[:, t] = fn(unembed(hidden[:, t]), arrays[:, t])
+
+  The ``[B T V]`` logits never exist, forward or backward: each chunk is
+  computed again for its gradient. Only time is cut, so that a batch sharded
+  over devices stays where it is and no communication is added.
+
+  Args:
+    fn: ``(logits [B C V], *array_chunks [B C ...])`` to a tree of
+      ``[B C ...]``, each position for itself.
+    unembed: hidden states to logits; parameters that it closes over receive
+      their gradient.
+    hidden: last hidden states.
+    *arrays: what fn needs beside the logits (tokens, kept ids, ...).
+    chunk_size: positions C per chunk, at least 1.
+
+  Returns:
+    The tree of fn with leading axes ``[B T]``.
+
+  Raises:
+    ValueError: chunk_size below 1.
+  """
+  if chunk_size < 1:
+    raise ValueError(
+      f'chunk_size is {chunk_size}; give the number of positions whose logits'
+      ' may exist at once, 1 or more (512 suits most models)'
+    )
+  batch, length = hidden.shape[:2]
+  size = min(chunk_size, length)
+  padding = -length % size
+
+  def cut(array: Array) -> Array:
+    widths = [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2)
+    array = jnp.pad(array, widths)
+    array = array.reshape(batch, -1, size, *array.shape[2:])
+    return jnp.moveaxis(array, 1, 0)
+
+  def join(array: Array) -> Array:
+    array = jnp.moveaxis(array, 0, 1)
+    array = array.reshape(batch, length + padding, *array.shape[3:])
+    return array[:, :length]
+
+  def chunk(inputs: tuple[Array, ...]) -> PyTree:
+    return fn(unembed(inputs[0]), *inputs[1:])
+
+  chunks = jax.tree.map(cut, (hidden, *arrays))
+  # The scan already keeps the two computations of a chunk apart.
+  chunk = jax.checkpoint(chunk, prevent_cse=False)
+  return jax.tree.map(join, jax.lax.map(chunk, chunks))
+
+
+def _at(logits: Array, tokens: Array) -> Array:
+  return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]

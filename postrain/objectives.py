@@ -1,0 +1,209 @@
+"""Objectives: a model, choices of losses, and terms under their own weights.
+
+An objective is a sum of terms; a term is coefficient x sum(weights x values),
+so that it is additive over units and nothing depends on how a batch is cut.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from postrain.batches import call_by_name
+from postrain.logprobs import token_entropy, token_logprobs
+from postrain.scoring import hidden_states, map_logits
+from postrain.types import (
+  Batch,
+  Mean,
+  Metrics,
+  Model,
+  Objective,
+  Params,
+  Scalar,
+  Sum,
+)
+
+
+def masked_mean(values: Array, mask: Array) -> Mean:
+  """Mean over the mask, in the making."""
+  return Mean(
+    jnp.where(mask, values, 0).sum(dtype=jnp.promote_types(
+      values.dtype, jnp.float32
+    )),
+    mask.sum(dtype=jnp.float32),
+  )  # fmt: skip
+
+
+def policy_gradient(
+  model: Model,
+  *,
+  loss: Callable,
+  kl: Callable | None = None,
+  kl_coef: Scalar | None = None,
+  entropy_coef: Scalar | None = None,
+  value_loss: Callable | None = None,
+  value_coef: Scalar | None = None,
+  critic: Model | None = None,
+  temperature: Scalar = 1.0,
+  chunk_size: int = 128,
+) -> Objective:
+  """The objective of policy-gradient methods.
+
+  Σ w_policy·loss + kl_coef Σ w_kl·kl − entropy_coef Σ w_entropy·H
+  + value_coef Σ w_value·value_loss. A coefficient of None removes its term
+  from the graph.
+
+  Args:
+    model: of the role ``actor``.
+    loss: of `postrain.losses`: (arrays by name) -> (values, metrics).
+    kl: estimator of `postrain.kl` in (logprobs, ref_logprobs).
+    kl_coef: coefficient of KL in the loss.
+    entropy_coef: coefficient of the entropy bonus.
+    value_loss: of `postrain.losses`.
+    value_coef: its coefficient.
+    critic: of the role ``critic``; its unembed gives one value.
+    temperature: at which the policy was sampled.
+    chunk_size: time positions whose logits exist at once.
+
+  Returns:
+    objective(params, frozen, batch) -> (scalar, metrics).
+  """
+  with_entropy = entropy_coef is not None
+
+  def objective(
+    params: dict[str, Params], frozen: dict[str, Params], batch: Batch
+  ) -> tuple[Array, Metrics]:
+    del frozen
+    mask, weights = batch.mask, batch.weights
+    logprobs, entropy = _policy_figures(
+      model, params['actor'], batch, temperature, chunk_size, with_entropy
+    )
+    arrays = {**batch.arrays, 'mask': mask, 'logprobs': logprobs}
+    values, figures = call_by_name(loss, arrays)
+    total = jnp.sum(weights['policy'] * values)
+    metrics = {'loss/policy': Sum(jax.lax.stop_gradient(total))}
+    metrics |= {f'policy/{k}': masked_mean(v, mask) for k, v in figures.items()}
+    metrics['policy/entropy'] = masked_mean(
+      jax.lax.stop_gradient(entropy), mask
+    )
+    if with_entropy:
+      bonus = jnp.sum(weights['entropy'] * jnp.where(mask, entropy, 0))
+      total -= entropy_coef * bonus
+    if kl is not None and kl_coef is not None:
+      divergence = jnp.where(mask, call_by_name(kl, arrays), 0)
+      total += kl_coef * jnp.sum(weights['kl'] * divergence)
+      metrics['policy/kl_loss'] = masked_mean(divergence, mask)
+    if value_loss is not None and value_coef is not None:
+      term, value_metrics = _value_term(
+        critic, params['critic'], batch, value_loss, chunk_size
+      )
+      total += value_coef * term
+      metrics |= value_metrics
+    metrics['loss/total'] = Sum(jax.lax.stop_gradient(total))
+    return total, metrics
+
+  return objective
+
+
+def supervised(
+  model: Model, *, loss: Callable, chunk_size: int = 128
+) -> Objective:
+  """The objective of supervised fine-tuning: Σ w_policy·loss(logprobs)."""
+
+  def objective(
+    params: dict[str, Params], frozen: dict[str, Params], batch: Batch
+  ) -> tuple[Array, Metrics]:
+    del frozen
+    logprobs, _ = _policy_figures(
+      model, params['actor'], batch, 1.0, chunk_size, False
+    )
+    arrays = {**batch.arrays, 'mask': batch.mask, 'logprobs': logprobs}
+    values, figures = call_by_name(loss, arrays)
+    total = jnp.sum(batch.weights['policy'] * values)
+    metrics = {'loss/total': Sum(jax.lax.stop_gradient(total))}
+    metrics |= {
+      f'sft/{k}': masked_mean(v, batch.mask) for k, v in figures.items()
+    }
+    return total, metrics
+
+  return objective
+
+
+def preference(
+  model: Model, *, loss: Callable, chunk_size: int = 128
+) -> Objective:
+  """The objective of direct preference methods on pairs.
+
+  Rows stand in units of two: chosen, rejected. ``batch.arrays`` holds
+  ``ref_logprobs`` [B T] where the loss asks for references, and
+  ``batch.weights['preference']`` one weight per row, that of the chosen row.
+  """
+
+  def objective(
+    params: dict[str, Params], frozen: dict[str, Params], batch: Batch
+  ) -> tuple[Array, Metrics]:
+    del frozen
+    logprobs, _ = _policy_figures(
+      model, params['actor'], batch, 1.0, chunk_size, False
+    )
+    arrays = _pair_arrays('', logprobs, batch.mask)
+    if 'ref_logprobs' in batch.arrays:
+      arrays |= _pair_arrays('ref_', batch.arrays['ref_logprobs'], batch.mask)
+    values, figures = call_by_name(loss, arrays)
+    weights = batch.weights['preference'].reshape(-1, 2)[:, 0]
+    total = jnp.sum(weights * values)
+    everyone = jnp.ones(values.shape, bool)
+    metrics = {'loss/total': Sum(jax.lax.stop_gradient(total))}
+    metrics |= {
+      f'preference/{k}': masked_mean(v, everyone) for k, v in figures.items()
+    }
+    return total, metrics
+
+  return objective
+
+
+def _pair_arrays(
+  prefix: str, logprobs: Array, mask: Bool[Array, 'B T']
+) -> dict[str, Array]:
+  sums = jnp.where(mask, logprobs, 0).sum(-1).reshape(-1, 2)
+  return {f'{prefix}chosen': sums[:, 0], f'{prefix}rejected': sums[:, 1]}
+
+
+def _policy_figures(
+  model: Model, params: Params, batch: Batch, temperature: Any,
+  chunk_size: int, entropy_gradient: bool,
+) -> tuple[Array, Array]:  # fmt: skip
+  """Log-probs and entropy of the batch's tokens, in one pass over chunks."""
+  hidden = hidden_states(
+    model, params, batch.tokens, batch.valid, batch.mask, batch.packing
+  )
+
+  def figures(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    logprobs = token_logprobs(logits, tokens, temperature=temperature)
+    if not entropy_gradient:
+      logits = jax.lax.stop_gradient(logits)
+    return logprobs, token_entropy(logits, temperature=temperature)
+
+  return map_logits(
+    figures, model, params, hidden, batch.tokens, chunk_size=chunk_size
+  )
+
+
+def _value_term(
+  critic: Model, params: Params, batch: Batch, value_loss: Callable,
+  chunk_size: int,
+) -> tuple[Array, Metrics]:  # fmt: skip
+  hidden = hidden_states(
+    critic, params, batch.tokens, batch.valid, batch.mask, batch.packing
+  )
+  values = map_logits(
+    lambda v: v[..., 0], critic, params, hidden, chunk_size=chunk_size
+  )
+  arrays = {**batch.arrays, 'mask': batch.mask, 'values': values}
+  losses, figures = call_by_name(value_loss, arrays)
+  metrics = {
+    f'value/{k}': masked_mean(v, batch.mask) for k, v in figures.items()
+  }
+  return jnp.sum(batch.weights['value'] * losses), metrics

@@ -1,0 +1,248 @@
+"""The schema of a config: what a run needs, by name and type.
+
+A recipe has no defaults: a missing field is an error that says which, and so
+is one too many. Blocks with a ``name`` choose a function of a module and are
+checked by `postrain.binding.bind`.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import typing
+from typing import Any
+
+from postrain.binding import check_arguments
+from postrain.types import Scalar
+
+Block = dict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supervised:
+  """The warm-up, or the whole run: ``num_steps`` steps on demonstrations."""
+
+  num_steps: int
+  batch_size: int
+  num_examples: int | None  # distinct demonstrations; None for all there are
+  num_micro_batches: int
+  optimizer: Block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reinforcement:
+  """The online part: ``num_iterations`` rollouts and their updates."""
+
+  num_iterations: int
+  num_prompts: int  # of a rollout
+  num_epochs: int  # passes over a rollout
+  num_minibatches: int  # optimiser steps of a pass
+  num_micro_batches: int  # slices of an optimiser step
+  num_score_slices: int
+  optimizer: Block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How completions are drawn."""
+
+  num_samples: int  # of a prompt: the group
+  max_new_tokens: int
+  temperature: Scalar
+  top_k: int | None
+  top_p: Scalar | None
+  min_p: Scalar | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KL:
+  """The penalty for leaving the reference; a coefficient of None removes it."""
+
+  estimator: Block
+  reward_coef: Scalar | None
+  loss_coef: Scalar | None
+  aggregation: Block | None  # None: the one of the policy loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+  """How the reference moves: ``frozen``, ``ema`` or ``refresh``."""
+
+  update: typing.Literal['frozen', 'ema', 'refresh']
+  decay: float  # of ema, per iteration
+  every: int  # iterations between refreshes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Filter:
+  """Which data trains."""
+
+  overlong: typing.Literal['keep', 'mask']  # truncated completions
+  informative_only: bool  # dynamic sampling: groups of unequal rewards
+  max_rollouts: int  # sampled to fill an iteration with such groups
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """Held-out figures, graded by one of the rewards."""
+
+  every: int  # steps; 0 for never
+  grader: str  # label of a reward
+  threshold: float  # a reward of at least this counts as correct
+  num_prompts: int
+  batch_size: int  # prompts that are sampled at once
+  num_samples: int  # for pass@k; 0 for greedy alone
+  ks: tuple
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logging:
+  """What people see; no part of a run's identity."""
+
+  table_every: int  # steps between sample tables; 0 for never
+  tensorboard: bool
+  wandb_project: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+  """When the state is saved and how many stay."""
+
+  every: int
+  keep: int
+  export: bool  # a Hugging Face directory at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+  """Devices along each axis."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """One choice per axis, and the numbers of a run."""
+
+  seed: int
+  environment: Block
+  model: Block
+  rewards: Block  # label -> block with name and weight
+  sampling: Sampling
+  advantage: Block
+  loss: Block
+  aggregation: Block
+  correction: Block | None
+  kl: KL
+  entropy_coef: Scalar | None
+  reference: Reference
+  filter: Filter
+  sft: Supervised
+  rl: Reinforcement
+  evaluation: Evaluation
+  logging: Logging
+  checkpoint: Checkpoint
+  mesh: Mesh
+  chunk_size: int  # time positions whose logits exist at once
+
+  @property
+  def num_steps(self) -> int:
+    """Steps of the run: supervised ones, then rollout iterations."""
+    return self.sft.num_steps + self.rl.num_iterations
+
+
+def make_recipe(config: Mapping[str, Any]) -> Recipe:
+  """Check a config against the schema and make its recipe.
+
+  Raises:
+    ValueError: a field is unknown, missing, ill-typed or out of its range.
+  """
+  recipe = _build(Recipe, plain(config), 'config')
+  _check_ranges(recipe)
+  return recipe
+
+
+def plain(config: Any) -> Any:
+  """Turn a ConfigDict, however nested, into dicts and tuples."""
+  if hasattr(config, 'to_dict'):
+    config = config.to_dict()
+  if isinstance(config, Mapping):
+    return {str(k): plain(v) for k, v in config.items()}
+  if isinstance(config, list | tuple):
+    return tuple(plain(v) for v in config)
+  return config
+
+
+def _build(schema: type, given: Any, where: str) -> Any:
+  if not isinstance(given, Mapping):
+    raise ValueError(f'{where}={given!r}: expected a block of fields')
+  check_arguments(schema, given, where)
+  blocks = {
+    f.name: _build(f.type, given[f.name], f'{where}.{f.name}')
+    for f in dataclasses.fields(schema)
+    if dataclasses.is_dataclass(f.type)
+  }
+  return schema(**{**given, **blocks})
+
+
+def _check_ranges(recipe: Recipe) -> None:
+  sampling, rl, sft = recipe.sampling, recipe.rl, recipe.sft
+  _check_positive(recipe)
+  if recipe.evaluation.grader not in recipe.rewards:
+    raise ValueError(
+      f'evaluation.grader={recipe.evaluation.grader!r} is none of the rewards:'
+      f' {", ".join(recipe.rewards)}'
+    )
+  rows = rl.num_prompts * sampling.num_samples
+  _check_divides('rl.num_minibatches', rl.num_minibatches, rows)
+  _check_divides(
+    'rl.num_micro_batches', rl.num_micro_batches, rows // rl.num_minibatches
+  )
+  _check_divides('rl.num_score_slices', rl.num_score_slices, rows)
+  if sft.num_steps:
+    _check_divides(
+      'sft.num_micro_batches', sft.num_micro_batches, sft.batch_size
+    )
+  if not isinstance(sampling.temperature, int | float):
+    return
+  if sampling.temperature <= 0:
+    raise ValueError(
+      f'sampling.temperature={sampling.temperature}: it must be positive'
+      ' (evaluation is greedy by itself)'
+    )
+  for field, value in (('top_p', sampling.top_p), ('min_p', sampling.min_p)):
+    if value is not None and not 0 < value <= 1:
+      raise ValueError(f'sampling.{field}={value}: it must be in (0, 1]')
+  if sampling.top_k is not None and sampling.top_k < 1:
+    raise ValueError(f'sampling.top_k={sampling.top_k}: it must be at least 1')
+
+
+def _check_positive(recipe: Recipe) -> None:
+  wanted = {
+    'sampling': ('num_samples', 'max_new_tokens'),
+    'rl': (
+      'num_prompts', 'num_epochs', 'num_minibatches', 'num_micro_batches',
+      'num_score_slices',
+    ),
+    'sft': ('batch_size', 'num_micro_batches'),
+    'checkpoint': ('every', 'keep'),
+    'filter': ('max_rollouts',),
+    'reference': ('every',),
+    'evaluation': ('num_prompts', 'batch_size'),
+    'mesh': ('data', 'fsdp', 'tensor'),
+  }  # fmt: skip
+  for block, fields in wanted.items():
+    for field in fields:
+      value = getattr(getattr(recipe, block), field)
+      if value < 1:
+        raise ValueError(f'{block}.{field}={value}: it must be at least 1')
+  if recipe.num_steps < 1:
+    raise ValueError('sft.num_steps + rl.num_iterations = 0: nothing to run')
+
+
+def _check_divides(field: str, parts: int, whole: int) -> None:
+  if whole % parts:
+    raise ValueError(
+      f'{field}={parts} does not divide {whole} rows: change it, the number of'
+      ' prompts or the number of samples'
+    )

@@ -1,0 +1,151 @@
+"""What a run tells people: figures, samples, screen, trackers."""
+
+from collections.abc import Mapping
+import contextlib
+import os
+from typing import Any
+
+import numpy as np
+
+from postrain import metrics
+from postrain.types import Prompts, Samples
+
+FILES = ('metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
+HEADLINE = (
+  'loss',
+  'eval/greedy',
+  'reward',
+  'reward_std',
+  'reference/kl_sequence',
+  'sampler/entropy',
+  'policy/clip_high',
+  'completion/length',
+  'completion/truncated',
+)
+CURVES = (
+  'eval/greedy',
+  'reward',
+  'completion/length',
+  'sampler/entropy',
+  'reference/kl_sequence',
+  'loss',
+)
+
+
+class Report(contextlib.ExitStack):
+  """The files and the screen of a run, cut back to ``first_step`` and open.
+
+  Args:
+    directory: the workdir.
+    first_step: of this process; rows of later steps belong to a process that
+      was killed before its next checkpoint, and are written again.
+    num_steps: length of the run.
+    logging: the block of the recipe.
+    config: shown by trackers.
+  """
+
+  def __init__(
+    self,
+    directory: str,
+    *,
+    first_step: int,
+    num_steps: int,
+    logging: Any,
+    config: Mapping[str, Any],
+  ):
+    super().__init__()
+    for name in FILES:
+      metrics.truncate(os.path.join(directory, name), first_step)
+    self._metrics, self._timings, self._samples = (
+      metrics.JsonLines(os.path.join(directory, name)) for name in FILES
+    )
+    self._console = metrics.Console(
+      num_steps, headline=HEADLINE, table_every=logging.table_every
+    )
+    self.callback(self._console.close)
+    self._trackers = _trackers(directory, first_step, logging, config)
+    for tracker in self._trackers:
+      self.callback(tracker.close)
+    self.timer = metrics.StepTimer()
+
+  def write(
+    self,
+    step: int,
+    figures: Mapping[str, float],
+    num_tokens: int | None = None,
+    samples: list[dict[str, Any]] | None = None,
+  ) -> None:
+    """Write all that a step has to say."""
+    timings = self.timer.finish(num_tokens)
+    if samples:
+      self._samples.append(*({'step': step, **row} for row in samples))
+    self._metrics.write(step, figures)
+    self._timings.write(step, timings)
+    self._console.write(step, {**figures, **timings})
+    if samples:
+      self._console.table(step, samples)
+    for tracker in self._trackers:
+      tracker.write(step, {**figures, **timings})
+
+
+def _trackers(
+  directory: str, first_step: int, logging: Any, config: Mapping[str, Any]
+) -> list[metrics.Writer]:
+  trackers: list[metrics.Writer] = []
+  if logging.tensorboard:
+    path = os.path.join(directory, 'tensorboard')
+    trackers += [metrics.TensorBoard(path, first_step=first_step)]
+  if logging.wandb_project is not None:
+    trackers += [
+      metrics.WeightsAndBiases(
+        directory,
+        project=logging.wandb_project,
+        name=os.path.basename(os.path.abspath(directory)),
+        config=config,
+      )
+    ]
+  return trackers
+
+
+def rollout_figures(
+  samples: Samples, rewards: Mapping[str, np.ndarray], total: np.ndarray
+) -> dict[str, float]:
+  """Rewards and lengths of a rollout; ``reward`` is the weighted sum."""
+  lengths = np.asarray(samples.mask).sum(-1)
+  each = {f'reward/{k}': float(np.mean(v)) for k, v in rewards.items()}
+  return {
+    'reward': float(np.mean(total)),
+    'reward_std': float(np.std(total)),
+    **each,
+    'completion/length': float(lengths.mean()),
+    'completion/length_max': float(lengths.max()),
+    'completion/truncated': float(np.mean(samples.truncated)),
+  }
+
+
+def sample_rows(
+  prompts: Prompts,
+  samples: Samples,
+  rewards: Mapping[str, np.ndarray],
+  total: np.ndarray,
+  columns: Mapping[str, np.ndarray],
+  text: Any,
+) -> list[dict[str, Any]]:
+  """One row per completion, with every figure that belongs to it."""
+  num_samples = len(samples.tokens) // len(prompts.tokens)
+  shown = [
+    text(tokens[mask])
+    for tokens, mask in zip(prompts.tokens, prompts.mask, strict=True)
+  ]
+  return [
+    {
+      'prompt': shown[b // num_samples],
+      'completion': text(samples.tokens[b][samples.mask[b]]),
+      'reward': float(total[b]),
+      **{f'reward/{k}': float(v[b]) for k, v in rewards.items()},
+      **{k: float(v[b]) for k, v in columns.items()},
+      'length': int(samples.mask[b].sum()),
+      'truncated': bool(samples.truncated[b]),
+    }
+    for b in range(len(samples.tokens))
+  ]

@@ -1,0 +1,68 @@
+"""Rollouts on the host: weighted rewards, and which groups make an iteration."""
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from postrain.masks import informative_groups
+from postrain.types import Prompts, Samples
+
+Part = tuple[Prompts, Samples, dict[str, np.ndarray]]
+
+
+def weighted_sum(
+  rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]
+) -> np.ndarray:
+  """Σ weight x reward of each completion, float32."""
+  total = sum(weights[label] * rewards[label] for label in weights)
+  return np.asarray(total, np.float32)
+
+
+def informative_rows(
+  totals: Sequence[np.ndarray], num_prompts: int
+) -> np.ndarray:
+  """Which groups, over all parts, have unequal rewards."""
+  return np.concatenate(
+    [
+      np.asarray(informative_groups(jnp.asarray(t).reshape(num_prompts, -1)))
+      for t in totals
+    ]
+  )
+
+
+def select_groups(
+  parts: Sequence[Part], informative: np.ndarray, num_prompts: int, pad_id: int
+) -> Part:
+  """The first ``num_prompts`` informative groups, filled up with others.
+
+  Groups keep the order in which they were sampled, so that the result is a
+  function of the parts alone.
+  """
+  if len(parts) == 1:
+    return parts[0]
+  order = np.argsort(~informative, kind='stable')[:num_prompts]
+  groups = np.sort(order)
+  num_samples = len(parts[0][1].tokens) // num_prompts
+  rows = (groups[:, None] * num_samples + np.arange(num_samples)).reshape(-1)
+  width = max(prompts.tokens.shape[1] for prompts, *_ in parts)
+
+  def widen(x: np.ndarray, value: int) -> np.ndarray:
+    missing = width - x.shape[1]
+    return np.pad(x, ((0, 0), (missing, 0)), constant_values=value)
+
+  prompts = Prompts(
+    np.concatenate([widen(p.tokens, pad_id) for p, *_ in parts])[groups],
+    np.concatenate([widen(p.mask, False) for p, *_ in parts])[groups],
+    [e for p, *_ in parts for e in p.examples],
+  )
+  prompts = prompts._replace(examples=[prompts.examples[g] for g in groups])
+  columns = zip(*(samples for _, samples, _ in parts), strict=True)
+  samples = Samples(
+    *(None if c[0] is None else np.concatenate(c)[rows] for c in columns)
+  )
+  rewards = {
+    label: np.concatenate([r[label] for *_, r in parts])[rows]
+    for label in parts[0][2]
+  }
+  return prompts, samples, rewards

@@ -1,0 +1,186 @@
+"""Sample groups of completions: prefill once a prompt, decode until all end."""
+
+from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from postrain.logprobs import token_logprobs
+from postrain.sampling.filters import Draw, draw
+from postrain.types import Model, Samples, Scalar
+
+
+def sequence_keys(
+  key: Key[Array, ''], prompt_ids: Int[Array, ' P'], num_samples: int
+) -> Key[Array, ' B']:
+  """One key per (prompt, sample): who stands beside a prompt changes nothing."""
+  prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  samples = jnp.arange(num_samples, dtype=jnp.uint32)
+  return jax.vmap(fold, (0, None))(prompt_keys, samples).reshape(-1)
+
+
+class _Loop(NamedTuple):
+  step: Array
+  last: Array
+  done: Array
+  cache: Any
+  samples: Samples
+
+
+def sample(
+  model: Model,
+  params: Any,
+  prompts: Int[Array, 'P S'],
+  prompt_mask: Bool[Array, 'P S'],
+  key: Key[Array, ''],
+  *,
+  num_samples: int,
+  max_new_tokens: int,
+  stop_ids: Sequence[int],
+  pad_id: int,
+  temperature: Scalar = 1.0,
+  top_k: int | None = None,
+  top_p: Scalar | None = None,
+  min_p: Scalar | None = None,
+  record_kept: bool = False,
+  prompt_ids: Int[Array, ' P'] | None = None,
+) -> Samples:
+  """Sample ``num_samples`` completions of each prompt.
+
+  The token at position t of sample g of prompt p is drawn with the key
+  fold(fold(fold(key, prompt_ids[p]), g), t), so that it depends neither on the
+  other prompts nor on the number of samples. The prompt runs through the model
+  once; its samples share its cache. The loop ends when all sequences have.
+
+  Args:
+    model: see `postrain.types.Model`.
+    params: its parameters.
+    prompts: left-padded token ids.
+    prompt_mask: True on real tokens.
+    key: of this (run, purpose, iteration).
+    num_samples: completions of each prompt, ``G``.
+    max_new_tokens: slots of a completion, ``T``.
+    stop_ids: tokens that end a completion; they are kept and in the mask.
+    pad_id: fills the slots after the end.
+    temperature: divides the logits; 0 is greedy.
+    top_k: candidates kept, None for all.
+    top_p: probability mass kept, in (0, 1], None for all.
+    min_p: least probability relative to the best, in [0, 1], None for none.
+    record_kept: also return the ids that the filters kept; needs ``top_k``,
+      which bounds their number.
+    prompt_ids: identities of the prompts for the keys; 0, 1, ... if None.
+
+  Returns:
+    Samples of ``B = P * num_samples`` rows, the samples of a prompt together.
+  """
+  if record_kept and top_k is None:
+    raise ValueError(
+      'record_kept=True needs top_k, which bounds the recorded set:'
+      ' set it, for example, to 128'
+    )
+  num_prompts = prompts.shape[0]
+  batch_size = num_prompts * num_samples
+  if prompt_ids is None:
+    prompt_ids = jnp.arange(num_prompts)
+  keys = sequence_keys(key, prompt_ids, num_samples)
+  choose = functools.partial(
+    _choose, keys=keys, temperature=temperature, top_k=top_k, top_p=top_p,
+    min_p=min_p, record_kept=record_kept,
+  )  # fmt: skip
+  lengths = jnp.repeat(prompt_mask.sum(-1, dtype=jnp.int32), num_samples)
+  stops = jnp.asarray(tuple(stop_ids), prompts.dtype)
+
+  hidden, prefix = model.hidden(
+    params,
+    prompts,
+    positions=jnp.maximum(jnp.cumsum(prompt_mask, -1, dtype=jnp.int32) - 1, 0),
+    segment_ids=prompt_mask.astype(jnp.int32),
+    cache=model.empty_cache(*prompts.shape),
+  )
+  logits = jnp.repeat(model.unembed(params, hidden[:, -1]), num_samples, axis=0)
+  first, model_logprobs = choose(logits, jnp.int32(0))
+  buffers = _empty_samples(first, model_logprobs, max_new_tokens, pad_id)
+  done = jnp.zeros(batch_size, bool)
+  state = _Loop(
+    step=jnp.int32(1),
+    last=first.tokens.astype(prompts.dtype),
+    done=jnp.isin(first.tokens, stops),
+    cache=model.empty_cache(batch_size, max(max_new_tokens - 1, 1), prefix),
+    samples=_write(buffers, jnp.int32(0), first, model_logprobs, done),
+  )
+
+  def decode(loop: _Loop) -> _Loop:
+    hidden, cache = model.hidden(
+      params,
+      loop.last[:, None],
+      positions=(lengths + loop.step - 1)[:, None],
+      segment_ids=(~loop.done).astype(jnp.int32)[:, None],
+      cache=loop.cache,
+    )
+    drawn, model_logprobs = choose(
+      model.unembed(params, hidden[:, 0]), loop.step
+    )
+    return _Loop(
+      step=loop.step + 1,
+      last=jnp.where(loop.done, pad_id, drawn.tokens).astype(prompts.dtype),
+      done=loop.done | jnp.isin(drawn.tokens, stops),
+      cache=cache,
+      samples=_write(loop.samples, loop.step, drawn, model_logprobs, loop.done),
+    )
+
+  def unfinished(loop: _Loop) -> Array:
+    return (loop.step < max_new_tokens) & ~loop.done.all()
+
+  final = jax.lax.while_loop(unfinished, decode, state)
+  return final.samples._replace(truncated=~final.done)
+
+
+def _choose(
+  logits: Array, step: Array, *, keys: Array, record_kept: bool, **filters: Any
+) -> tuple[Draw, Array]:
+  """Draw at a completion position; also the plain model's log-prob."""
+  step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+  drawn = draw(logits, step_keys, **filters)
+  if not record_kept:
+    drawn = drawn._replace(kept=None)
+  return drawn, token_logprobs(logits, drawn.tokens)
+
+
+def _empty_samples(
+  drawn: Draw, logprobs: Array, length: int, pad_id: int
+) -> Samples:
+  shape = (drawn.tokens.shape[0], length)
+  kept = drawn.kept
+  return Samples(
+    tokens=jnp.full(shape, pad_id, jnp.int32),
+    mask=jnp.zeros(shape, bool),
+    sampler_logprobs=jnp.zeros(shape, logprobs.dtype),
+    model_logprobs=jnp.zeros(shape, logprobs.dtype),
+    truncated=jnp.zeros(shape[:1], bool),
+    kept=None if kept is None else jnp.full((*shape, kept.shape[-1]), -1),
+  )
+
+
+def _write(
+  samples: Samples, step: Array, drawn: Draw, logprobs: Array, done: Array
+) -> Samples:
+  """Put a drawn token into its column, unless the sequence has ended."""
+
+  def column(buffer: Array, value: Array) -> Array:
+    live = ~done if value.ndim == 1 else ~done[:, None]
+    return buffer.at[:, step].set(
+      jnp.where(live, value.astype(buffer.dtype), buffer[:, step])
+    )
+
+  return Samples(
+    tokens=column(samples.tokens, drawn.tokens),
+    mask=column(samples.mask, ~done),
+    sampler_logprobs=column(samples.sampler_logprobs, drawn.logprobs),
+    model_logprobs=column(samples.model_logprobs, logprobs),
+    truncated=samples.truncated,
+    kept=None if drawn.kept is None else column(samples.kept, drawn.kept),
+  )

@@ -1,0 +1,127 @@
+"""The one place that knows meshes, rules and shardings."""
+
+import contextlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import optax
+
+from postrain.types import Model, Params
+
+# Logical axis -> mesh axes. Logical names are all that models know.
+RULES = (
+  ('batch', ('data', 'fsdp')),
+  ('time', None),
+  ('layers', None),
+  ('embed', 'fsdp'),
+  ('vocab', 'tensor'),
+  ('heads', 'tensor'),
+  ('kv_heads', 'tensor'),
+  ('mlp', 'tensor'),
+  ('head_dim', None),
+)
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """Make a mesh of the first data x fsdp x tensor devices.
+
+  Raises:
+    ValueError: there are fewer devices.
+  """
+  needed, devices = data * fsdp * tensor, jax.devices()
+  if needed > len(devices):
+    raise ValueError(
+      f'mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {needed}'
+      f' devices, there are {len(devices)}: change config.mesh (on CPU,'
+      f' JAX_NUM_CPU_DEVICES={needed} makes virtual ones)'
+    )
+  return jax.make_mesh(
+    (data, fsdp, tensor),
+    ('data', 'fsdp', 'tensor'),
+    axis_types=(AxisType.Auto,) * 3,
+    devices=devices[:needed],
+  )
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh) -> Any:
+  """Trace and run under a mesh, with the rules for logical axes."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+  """The leading axis cut over the devices that share a batch."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def put_rows(mesh: Mesh, tree: Any) -> Any:
+  """Place arrays with their leading axis cut.
+
+  Raises:
+    ValueError: an axis does not divide (it would be replicated silently).
+  """
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  for leaf in jax.tree.leaves(tree):
+    if leaf.shape[0] % parts:
+      raise ValueError(
+        f'{leaf.shape[0]} rows do not divide over {parts} devices'
+        ' (mesh.data x mesh.fsdp): change the mesh or the batch'
+      )
+  return jax.device_put(tree, rows(mesh))
+
+
+def param_shardings(mesh: Mesh, model: Model) -> Params:
+  """The sharding of each parameter, from its logical axes."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  if model.logical_axes is None:
+    return jax.tree.map(lambda _: replicated(mesh), shapes)
+
+  def sharding(shape: Any, axes: tuple) -> NamedSharding:
+    spec = nn.logical_to_mesh_axes(axes, RULES)
+    return NamedSharding(mesh, _fitting(mesh, shape.shape, spec))
+
+  return jax.tree.map(sharding, shapes, model.logical_axes())
+
+
+def _fitting(mesh: Mesh, shape: tuple, spec: PartitionSpec) -> PartitionSpec:
+  """Replicate the axes that the mesh does not divide."""
+
+  def size(axes: Any) -> int:
+    names = (axes,) if isinstance(axes, str) else (axes or ())
+    return int(jax.numpy.prod(jax.numpy.array([mesh.shape[n] for n in names])))
+
+  return PartitionSpec(
+    *(a if n % size(a) == 0 else None for n, a in zip(shape, spec, strict=True))
+  )
+
+
+def opt_state_shardings(
+  mesh: Mesh, optimizer: optax.GradientTransformation, params: Any,
+  shardings: Any,
+) -> Any:  # fmt: skip
+  """Moments lie as their parameters do, all else is replicated."""
+  state = jax.eval_shape(optimizer.init, params)
+  return optax.tree.map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    state,
+    shardings,
+    transform_non_params=lambda _: replicated(mesh),
+  )
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+  """Shapes and dtypes with shardings: what a restore needs."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )

@@ -1,0 +1,12 @@
+"""Synthetic tasks with exact verifiers, as jittable functions.
+
+``bind(postrain.tasks, {'name': 'arithmetic', 'num_digits': 2})()`` builds a
+`postrain.types.Task`. One task, one file; the policies that belong to a task
+(`sort.toy_policy`, `tabular.tabular_policy`) stand beside it.
+"""
+
+from postrain.tasks.arithmetic import arithmetic
+from postrain.tasks.sort import sort
+from postrain.tasks.tabular import tabular
+
+__all__ = ['arithmetic', 'sort', 'tabular']

@@ -1,0 +1,266 @@
+"""Tokenizers: read from a directory or made on the spot, and checked.
+
+Nothing is fetched. What a user wrote is never read as a special token: a
+prompt that spells ``<|assistant|>`` must not open a turn.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import os
+import pathlib
+import re
+from typing import Any
+
+PAD, EOS = '<|pad|>', '<|eos|>'
+ROLES = ('system', 'user', 'assistant')
+SPECIAL_TOKENS = (PAD, EOS, *(f'<|{role}|>' for role in ROLES))
+
+# A turn is its role and its text; only the assistant ends its turns, so that
+# the end of sequence is always a token that the policy chose.
+CHAT_TEMPLATE = (
+  '{% for message in messages %}'
+  "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+  "{{ raise_exception('unknown role ' + message['role']) }}"
+  '{% endif %}'
+  "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+  "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+  '{% endfor %}'
+  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def load(directory: str | os.PathLike[str]) -> Any:
+  """Load a fast tokenizer from a local directory in Hugging Face layout.
+
+  Never asks a hub: a name that is no directory is an error at once.
+
+  Args:
+    directory: holds ``tokenizer.json``, and ``tokenizer_config.json`` with the
+      names of the special tokens.
+
+  Raises:
+    ValueError: there is no such directory, or no tokenizer in it.
+  """
+  path = pathlib.Path(directory)
+  if not path.is_dir():
+    raise ValueError(
+      f'tokenizer directory {str(path)!r} does not exist: download the model'
+      ' first and pass its local directory, hub names are not resolved'
+    )
+  if not (path / 'tokenizer.json').is_file():
+    raise ValueError(
+      f'{str(path)!r} has no tokenizer.json: save a fast tokenizer there with'
+      ' save_pretrained, or make one with byte_level or train_bpe'
+    )
+  return _fast_class().from_pretrained(path, local_files_only=True)
+
+
+def byte_level(*, special_tokens: Sequence[str] = ()) -> Any:
+  """Make a tokenizer of the 256 bytes: no training, exact on any text.
+
+  Args:
+    special_tokens: further ones beside `SPECIAL_TOKENS`.
+  """
+  from tokenizers import Tokenizer, models, pre_tokenizers
+
+  specials = _special_tokens(special_tokens)
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+  backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  return _wrapped(backend, specials)
+
+
+def train_bpe(
+  texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = ()
+) -> Any:
+  """Train a byte-level BPE tokenizer that splits numbers into digits.
+
+  Args:
+    texts: what to learn from; the same texts give the same tokenizer.
+    vocab_size: ids at most, special tokens and the 256 bytes included; fewer
+      where the texts run out of pairs.
+    special_tokens: further ones beside `SPECIAL_TOKENS`.
+
+  Raises:
+    ValueError: no text, or a vocabulary too small for the bytes.
+
+  References:
+    Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword
+    Units, arXiv:1508.07909.
+  """
+  from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+  specials = _special_tokens(special_tokens)
+  smallest = 256 + len(specials)
+  if vocab_size < smallest:
+    raise ValueError(
+      f'vocab_size={vocab_size}: the bytes and the special tokens alone take'
+      f' {smallest}; raise it or use byte_level'
+    )
+  texts = list(texts)
+  if not any(texts):
+    raise ValueError('no text to train on: pass some, or use byte_level')
+  backend = Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=list(specials),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  backend.train_from_iterator(texts, trainer=trainer)
+  return _wrapped(backend, specials)
+
+
+def check(
+  tokenizer: Any, vocab_size: int, *, stop_ids: Sequence[int] | None = None
+) -> None:
+  """Refuse a tokenizer that would train something silently wrong.
+
+  Args:
+    tokenizer: of prompts and completions.
+    vocab_size: rows of the model's embedding.
+    stop_ids: what ends a completion; None for the end-of-sequence token.
+
+  Raises:
+    ValueError: an id without a row in the embedding; no padding token, or one
+      that also ends completions (the loss would skip the end, and the model
+      never learn to stop); nothing that ends a completion.
+  """
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= vocab_size:
+    raise ValueError(
+      f'the tokenizer has ids up to {largest}, the embedding {vocab_size} rows:'
+      f' resize the embedding to at least {largest + 1}, or load the'
+      ' tokenizer that belongs to the model'
+    )
+  if stop_ids is None:
+    if tokenizer.eos_token_id is None:
+      raise ValueError(
+        'eos_token=None: set tokenizer.eos_token, or give stop_ids'
+      )
+    stop_ids = (tokenizer.eos_token_id,)
+  outside = [i for i in stop_ids if not 0 <= i < vocab_size]
+  if outside or not stop_ids:
+    raise ValueError(
+      f'stop_ids={tuple(stop_ids)}: expected at least one id, all in'
+      f' [0, {vocab_size})'
+    )
+  pad = tokenizer.pad_token_id
+  if pad is None:
+    raise ValueError(
+      'pad_token=None: set tokenizer.pad_token to a token that text never uses'
+    )
+  if pad in (*stop_ids, tokenizer.eos_token_id):
+    raise ValueError(
+      f'pad_token={tokenizer.pad_token!r} (id {pad}) also ends completions:'
+      ' set tokenizer.pad_token to another, unused token'
+    )
+
+
+def encode_text(tokenizer: Any, text: str, *, start: bool = False) -> list[int]:
+  """Encode a text as mere text: special tokens in it are spelled out.
+
+  Args:
+    tokenizer: a fast tokenizer.
+    text: of a user, a data set, a completion.
+    start: put what the tokenizer puts before a sequence (the beginning-of-
+      sequence token of a Llama); what it would append is left off.
+  """
+  ids = tokenizer(text, add_special_tokens=start, split_special_tokens=True)
+  ids = list(ids['input_ids'])
+  if start and ids and ids[-1] == tokenizer.eos_token_id:
+    ids.pop()
+  return ids
+
+
+def encode_chat(
+  tokenizer: Any, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+  """Encode a conversation up to where the assistant speaks.
+
+  The ids are those of ``apply_chat_template``, unless a message spells a
+  special token: there the popular implementations let it forge a turn, and
+  here the message is encoded by itself, as mere text.
+
+  Args:
+    tokenizer: with a chat template.
+    messages: each with ``role`` and ``content``.
+
+  Raises:
+    ValueError: the tokenizer has no chat template.
+  """
+  if not tokenizer.chat_template:
+    raise ValueError(
+      'the tokenizer has no chat template: set tokenizer.chat_template, or'
+      " encode the prompts with style='plain'"
+    )
+  messages = [dict(message) for message in messages]
+  contents = [message['content'] for message in messages]
+  if not any(_spells_special(tokenizer, text) for text in contents):
+    return list(_render(tokenizer, messages, tokenize=True))
+  # Stand-ins of the private use area mark where each content lands.
+  for i, message in enumerate(messages):
+    message['content'] = f'\ue000{i}\ue001'
+  ids: list[int] = []
+  rendered = _render(tokenizer, messages, tokenize=False)
+  for i, part in enumerate(re.split('\ue000([0-9]+)\ue001', rendered)):
+    if i % 2:
+      ids += encode_text(tokenizer, contents[int(part)])
+    else:
+      ids += tokenizer(part, add_special_tokens=False)['input_ids']
+  return ids
+
+
+def _render(tokenizer: Any, messages: list[dict], *, tokenize: bool) -> Any:
+  return tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
+  )
+
+
+def _spells_special(tokenizer: Any, text: str) -> bool:
+  tokens = tokenizer.added_tokens_decoder.values()
+  return any(token.special and token.content in text for token in tokens)
+
+
+def _special_tokens(further: Sequence[str]) -> tuple[str, ...]:
+  tokens = (*SPECIAL_TOKENS, *further)
+  if len(set(tokens)) < len(tokens) or not all(tokens):
+    raise ValueError(
+      f'special_tokens={tuple(further)}: they must be distinct, not empty and'
+      f' none of {SPECIAL_TOKENS}'
+    )
+  return tokens
+
+
+def _wrapped(backend: Any, specials: Sequence[str]) -> Any:
+  from tokenizers import AddedToken, decoders
+
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(
+    [AddedToken(token, special=True, normalized=False) for token in specials]
+  )
+  return _fast_class()(
+    tokenizer_object=backend,
+    pad_token=PAD,
+    eos_token=EOS,
+    extra_special_tokens=[t for t in specials if t not in (PAD, EOS)],
+    padding_side='left',
+    chat_template=CHAT_TEMPLATE,
+    clean_up_tokenization_spaces=False,
+  )
+
+
+def _fast_class() -> type:
+  # Transformers advises to install PyTorch, which nothing here uses.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+  from transformers import PreTrainedTokenizerFast
+
+  return PreTrainedTokenizerFast

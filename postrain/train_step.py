@@ -1,0 +1,121 @@
+"""One optimiser step: accumulate over micro-batches, then update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from postrain.batches import cut
+from postrain.types import (
+  Batch,
+  Max,
+  Mean,
+  Metrics,
+  Objective,
+  Params,
+  Sum,
+  TrainState,
+)
+
+
+def make_train_step(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  *,
+  num_micro_batches: int = 1,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Make ``train_step(state, frozen, batch) -> (state, metrics)``.
+
+  Objectives are sums over units, so gradients of micro-batches add up to the
+  gradient of the batch, in at least float32. An update whose gradient is not
+  finite is left out whole: parameters and optimiser keep their bits, and
+  ``skipped`` says so.
+  """
+
+  def train_step(
+    state: TrainState, frozen: dict[str, Params], batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    gradient, metrics = accumulate(
+      objective, state.params, frozen, batch, num_micro_batches
+    )
+    norm = optax.tree.norm(gradient)
+    gradient = jax.tree.map(
+      lambda g, p: g.astype(p.dtype), gradient, state.params
+    )
+    updates, opt_state = optimizer.update(
+      gradient, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
+    metrics |= {
+      'gradient_norm': Mean(norm, jnp.float32(1)),
+      'skipped': Sum(1 - finite.astype(jnp.float32)),
+    }
+    state = state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state
+    )
+    return state, metrics
+
+  return train_step
+
+
+def accumulate(
+  objective: Objective,
+  params: dict[str, Params],
+  frozen: dict[str, Params],
+  batch: Batch,
+  num_micro_batches: int,
+) -> tuple[Any, Metrics]:
+  """Sum gradients and merge metrics over strided micro-batches."""
+  grad = jax.grad(objective, has_aux=True)
+  if num_micro_batches == 1:
+    return grad(params, frozen, batch)
+
+  def add(total: Any, micro: Batch) -> tuple[Any, Metrics]:
+    gradient, metrics = grad(params, frozen, micro)
+    return jax.tree.map(jnp.add, total, _widen(gradient)), metrics
+
+  zeros = jax.tree.map(jnp.zeros_like, _widen(params))
+  packing = cut(batch.packing, num_micro_batches)
+  if packing is not None:
+    slot = cut(batch.packing.slot, num_micro_batches, batch.unit_size)
+    packing = packing.replace(slot=slot)
+  micros = cut(
+    batch.replace(packing=None), num_micro_batches, batch.unit_size
+  ).replace(packing=packing)
+  gradient, stacked = jax.lax.scan(add, zeros, micros)
+  return gradient, merge(stacked)
+
+
+def merge(stacked: Metrics) -> Metrics:
+  """Merge figures along their leading axis, each by its own rule."""
+
+  def reduce_figure(figure: Any) -> Any:
+    rule = jnp.max if isinstance(figure, Max) else jnp.sum
+    return type(figure)(*(rule(x, axis=0) for x in figure))
+
+  return {name: reduce_figure(figure) for name, figure in stacked.items()}
+
+
+def finish(metrics: Metrics) -> dict[str, float]:
+  """Turn typed figures into numbers, once, on the host."""
+
+  def value(figure: Mean | Sum | Max) -> float:
+    if isinstance(figure, Mean):
+      return float(figure.total) / max(float(figure.count), 1.0)
+    return float(figure[0])
+
+  return {name: value(figure) for name, figure in metrics.items()}
+
+
+def _widen(tree: Any) -> Any:
+  return jax.tree.map(
+    lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
+  )

@@ -1,0 +1,323 @@
+"""The one stateful object: runs a recipe in a directory, from wherever it is."""
+
+from collections.abc import Mapping
+import contextlib
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from postrain import actors, environments, metrics, sharding, workdir
+from postrain.algorithm import make_algorithm
+from postrain.batches import minibatch_rows
+from postrain.binding import bind
+from postrain.checkpoints import Checkpoints
+from postrain.checks import check_assembly, check_completions, check_rewards
+from postrain.evaluator import make_evaluator
+from postrain.keys import run_key
+from postrain.recipe import make_recipe, plain
+from postrain.reporting import (
+  CURVES,
+  FILES,
+  Report,
+  rollout_figures,
+  sample_rows,
+)
+from postrain.rollouts import informative_rows, select_groups, weighted_sum
+from postrain.train_step import finish, merge
+from postrain.types import Params, Prompts, Samples, TrainState
+
+
+class Trainer:
+  """Assemble a config and run it.
+
+  A run is a fold over steps: supervised ones, then rollout iterations. Each is
+  a pure function of (config, step, state), so a run killed anywhere and started
+  again ends with the same bits.
+
+  Args:
+    config: a ConfigDict or dict; see `postrain.recipe.Recipe`.
+    directory: the workdir, made if absent; a run of the same config in it is
+      continued.
+    overrides: of the command line, for the record.
+
+  Raises:
+    ValueError: anything that can be known to be wrong before compilation.
+  """
+
+  def __init__(
+    self,
+    config: Mapping[str, Any],
+    directory: str,
+    overrides: Mapping[str, Any] | None = None,
+  ):
+    self.directory = directory
+    self.config = plain(config)
+    self.recipe = recipe = make_recipe(config)
+    self.mesh = sharding.make_mesh(**vars(recipe.mesh))
+    self.environment = bind(environments, recipe.environment)(
+      recipe.seed, recipe.rewards
+    )
+    self.actor = bind(actors, recipe.model)(self.environment)
+    self.algorithm = make_algorithm(
+      recipe,
+      self.actor.model,
+      pad_id=self.environment.pad_id,
+      stop_ids=self.environment.stop_ids,
+    )
+    check_assembly(recipe, self.environment, self.actor.model)
+    workdir.claim(directory, self.config, overrides)
+    self._jit_functions()
+
+  def _jit_functions(self) -> None:
+    algorithm = self.algorithm
+    self._sample = jax.jit(algorithm.sample)
+    self._prepare = jax.jit(algorithm.prepare)
+    self._update = jax.jit(algorithm.update, donate_argnums=0)
+    self._imitate = jax.jit(algorithm.imitate, donate_argnums=0)
+    self._move_reference = jax.jit(algorithm.move_reference)
+    self._evaluator = make_evaluator(
+      self.recipe, self.actor.model, self.environment
+    )
+
+  def path(self, *names: str) -> str:
+    """A path in the workdir."""
+    return os.path.join(self.directory, *names)
+
+  def run(self) -> TrainState:
+    """Run to the end, or from where an earlier process was stopped."""
+    recipe = self.recipe
+    checkpoints = Checkpoints(
+      self.path('checkpoints'), keep=recipe.checkpoint.keep
+    )
+    with contextlib.closing(checkpoints), sharding.on(self.mesh):
+      state, start = self._restore(checkpoints)
+      if os.path.exists(self.path('finished.json')):
+        print(f'{self.directory}: this run is finished ({start} steps)')
+        return state
+      if start:
+        print(f'{self.directory}: continuing at step {start}')
+      with self._report(start) as report:
+        for step in range(start, recipe.num_steps):
+          state = self._step(state, step, report)
+          done = step + 1
+          if done % recipe.checkpoint.every == 0 or done == recipe.num_steps:
+            checkpoints.save(done, state)
+        self._finish(state, report)
+    return state
+
+  def _report(self, start: int) -> Report:
+    return Report(
+      self.directory,
+      first_step=start,
+      num_steps=self.recipe.num_steps,
+      logging=self.recipe.logging,
+      config=self.config,
+    )
+
+  # State.
+
+  def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """The newest checkpoint's state, or a fresh one."""
+    step = checkpoints.latest()
+    if step is None:
+      return self._fresh_state(), 0
+    return checkpoints.restore(step, self._abstract_state(step)), step
+
+  def _fresh_state(self) -> TrainState:
+    params = {
+      'actor': self.actor.init(
+        run_key(self.recipe.seed, 'init'),
+        sharding.param_shardings(self.mesh, self.actor.model),
+      )
+    }
+    if not self.recipe.sft.num_steps:
+      return self._begin_reinforcement(params)
+    return self._state(params, self.algorithm.sft_optimizer, None, 0)
+
+  def _begin_reinforcement(self, params: dict[str, Params]) -> TrainState:
+    """A new optimiser, and the policy of this moment as the reference."""
+    reference = None
+    if self.algorithm.uses_reference:
+      reference = jax.tree.map(jnp.copy, params['actor'])
+    return self._state(
+      params,
+      self.algorithm.rl_optimizer,
+      reference,
+      self.recipe.sft.num_steps,
+    )
+
+  def _state(
+    self, params: Any, optimizer: Any, reference: Params | None, step: int
+  ) -> TrainState:
+    shardings = {'actor': sharding.param_shardings(self.mesh, self.actor.model)}
+    init = jax.jit(
+      optimizer.init,
+      out_shardings=sharding.opt_state_shardings(
+        self.mesh, optimizer, params, shardings
+      ),
+    )
+    return TrainState(
+      step=jax.device_put(jnp.int32(step), sharding.replicated(self.mesh)),
+      params=params,
+      opt_state=init(params),
+      ref_params=reference,
+    )
+
+  def _abstract_state(self, step: int) -> TrainState:
+    """Shapes, dtypes and shardings of the state after ``step`` steps."""
+    shardings = sharding.param_shardings(self.mesh, self.actor.model)
+    shapes = jax.eval_shape(self.actor.model.init, jax.random.key(0))
+    params = {'actor': sharding.abstract(shapes, shardings)}
+    supervised = 0 < step <= self.recipe.sft.num_steps
+    optimizer = (
+      self.algorithm.sft_optimizer
+      if supervised
+      else self.algorithm.rl_optimizer
+    )
+    opt_shardings = sharding.opt_state_shardings(
+      self.mesh, optimizer, params, {'actor': shardings}
+    )
+    keeps = self.algorithm.uses_reference and not supervised
+    return TrainState(
+      step=jax.ShapeDtypeStruct(
+        (), jnp.int32, sharding=sharding.replicated(self.mesh)
+      ),
+      params=params,
+      opt_state=sharding.abstract(
+        jax.eval_shape(optimizer.init, params), opt_shardings
+      ),
+      ref_params=params['actor'] if keeps else None,
+    )
+
+  # Steps.
+
+  def _step(self, state: TrainState, step: int, report: Report) -> TrainState:
+    recipe, figures = self.recipe, {}
+    if step == recipe.sft.num_steps and step:
+      state = self._begin_reinforcement(state.params)
+    every = recipe.evaluation.every
+    if every and (step % every == 0 or step == recipe.sft.num_steps):
+      figures = self._evaluate(state, report)
+    if step < recipe.sft.num_steps:
+      state, more = self._supervise(state, step, report)
+      report.write(step, figures | more)
+    else:
+      iteration = step - recipe.sft.num_steps
+      state, more, rows = self._reinforce(state, iteration, report)
+      num_tokens = sum(row['length'] for row in rows)
+      report.write(step, figures | more, num_tokens, rows)
+    return state
+
+  def _supervise(
+    self, state: TrainState, step: int, report: Report
+  ) -> tuple[TrainState, dict[str, float]]:
+    choices = self.recipe.sft
+    arrays = self.environment.demonstrations(
+      step, choices.batch_size, choices.num_examples
+    )
+    with report.timer.span('update'):
+      arrays = sharding.put_rows(self.mesh, arrays)
+      state, figures = self._imitate(state, *arrays)
+      return state, finish(jax.device_get(figures))
+
+  def _reinforce(
+    self, state: TrainState, iteration: int, report: Report
+  ) -> tuple[TrainState, dict[str, float], list[dict[str, Any]]]:
+    timer = report.timer
+    prompts, samples, rewards, share = self._rollout(state, iteration, timer)
+    total = weighted_sum(rewards, self.environment.weights)
+    with timer.span('score'):
+      put = functools.partial(sharding.put_rows, self.mesh)
+      batch, figures, columns = self._prepare(
+        state.params,
+        state.ref_params,
+        *put((prompts.tokens, prompts.mask)),
+        put(samples),
+        put(total.reshape(len(prompts.tokens), -1)),
+      )
+      figures, columns = jax.device_get((figures, columns))
+    with timer.span('update'):
+      state, updates = self._optimise(state, batch, iteration)
+    rows = sample_rows(
+      prompts, samples, rewards, total, columns, self.environment.text
+    )
+    figures = {
+      'groups/informative': share,
+      **rollout_figures(samples, rewards, total),
+      **finish(figures),
+      **updates,
+    }
+    return state, figures, rows
+
+  def _rollout(
+    self, state: TrainState, iteration: int, timer: Any
+  ) -> tuple[Prompts, Samples, dict[str, np.ndarray], float]:
+    """Sample and reward; with dynamic sampling, until enough groups differ."""
+    recipe, parts = self.recipe, []
+    limit = recipe.filter.max_rollouts if recipe.filter.informative_only else 1
+    for attempt in range(limit):
+      number = iteration * limit + attempt
+      prompts = self.environment.prompts(number, recipe.rl.num_prompts)
+      with timer.span('sample'):
+        samples = self._sample(
+          state.params,
+          *sharding.put_rows(self.mesh, (prompts.tokens, prompts.mask)),
+          run_key(recipe.seed, 'sample', number),
+          jnp.arange(recipe.rl.num_prompts),
+        )
+        samples = jax.device_get(samples)
+      check_completions(samples, self.environment, first=number == 0)
+      with timer.span('reward'):
+        rewards = self.environment.rewards(prompts, samples)
+      check_rewards(rewards, len(samples.tokens))
+      parts.append((prompts, samples, rewards))
+      totals = [weighted_sum(r, self.environment.weights) for *_, r in parts]
+      informative = informative_rows(totals, recipe.rl.num_prompts)
+      if informative.sum() >= recipe.rl.num_prompts:
+        break
+    chosen = select_groups(
+      parts, informative, recipe.rl.num_prompts, self.environment.pad_id
+    )
+    return *chosen, float(informative.mean())
+
+  def _optimise(
+    self, state: TrainState, batch: Any, iteration: int
+  ) -> tuple[TrainState, dict[str, float]]:
+    choices, typed = self.recipe.rl, []
+    for epoch in range(choices.num_epochs):
+      minibatches = minibatch_rows(
+        len(batch.mask),
+        choices.num_minibatches,
+        unit_size=batch.unit_size,
+        seed=(self.recipe.seed, iteration, epoch),
+      )
+      for rows in minibatches:
+        state, figures = self._update(state, batch, jnp.asarray(rows))
+        typed.append(figures)
+    if state.ref_params is not None:
+      reference = self._move_reference(
+        state.ref_params, state.params['actor'], iteration
+      )
+      state = state.replace(ref_params=reference)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(typed))
+    return state, finish(merge(stacked))
+
+  # Evaluation and the end.
+
+  def _evaluate(self, state: TrainState, report: Report) -> dict[str, float]:
+    with report.timer.span('evaluate'):
+      return self._evaluator(state.params)
+
+  def _finish(self, state: TrainState, report: Report) -> None:
+    """Evaluate, export, draw; then say that the run is finished."""
+    step = self.recipe.num_steps
+    if self.recipe.evaluation.every:
+      report.write(step, self._evaluate(state, report))
+    if self.recipe.checkpoint.export and self.actor.export is not None:
+      self.actor.export(self.path('export'), state.params['actor'])
+    metrics.curves(self.path(FILES[0]), self.path('curves.png'), CURVES)
+    workdir.write_json(self.path('finished.json'), {'steps': step})

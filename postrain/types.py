@@ -1,0 +1,245 @@
+"""The records that flow between the parts, and the legend of their axes.
+
+Axes: ``P`` prompts, ``G`` samples of each, ``B`` = P x G sequences (the samples
+of a prompt stand together), ``S`` prompt slots, ``T`` token positions (prompt
+and completion, or the completion alone where a docstring says so), ``V``
+vocabulary, ``D`` model, ``L`` layers, ``K`` kept candidates of a token.
+
+Alignment: a ``[B, T]`` array is indexed by the token that it describes.
+``logprobs[:, t]`` scores ``tokens[:, t]``; position 0 holds 0.
+
+Two masks: ``valid`` is True on real tokens (prompt and completion; what others
+call attention mask), ``mask`` on the tokens that the policy chose and that are
+trained, the stop token it chose included.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from postrain.dtypes import Scalar as Scalar
+
+Params = Any  # a pytree of arrays
+Cache = Any  # a pytree of arrays that only its model looks into
+
+Metrics = dict[str, Any]  # name -> Mean, Sum or Max
+
+
+class HiddenFn(Protocol):
+  """``hidden(params, tokens, ...) -> (hidden [B N D], cache)``.
+
+  ``hidden[:, t]`` has seen the tokens up to and including slot ``t`` that carry
+  the same segment id, and predicts the token of slot ``t + 1``. Without a cache
+  the ``N`` slots are the whole sequence and the returned cache is None. With a
+  cache they are appended to it. Segment id 0 marks padding.
+  """
+
+  def __call__(
+    self,
+    params: Params,
+    tokens: Int[Array, 'B N'],
+    *,
+    positions: Int[Array, 'B N'],
+    segment_ids: Int[Array, 'B N'],
+    cache: Cache | None = None,
+  ) -> tuple[Float[Array, 'B N D'], Cache | None]: ...
+
+
+class EmptyCacheFn(Protocol):
+  """``empty_cache(batch_size, length, prefix=None)``: ``length`` free slots.
+
+  A ``prefix`` is a filled cache of ``P`` sequences, ``P`` dividing
+  ``batch_size``: row ``b`` continues prefix row ``b // (batch_size // P)``.
+  """
+
+  def __call__(
+    self, batch_size: int, length: int, prefix: Cache | None = None
+  ) -> Cache: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """All that the library knows of a network: pure functions on arrays.
+
+  Attributes:
+    init: key -> params.
+    hidden: see `HiddenFn`.
+    unembed: (params, hidden [... D]) -> logits [... V]. Soft caps, quantised
+      and adapted heads live in it.
+    empty_cache: see `EmptyCacheFn`.
+    vocab_size: rows of the embedding.
+    logical_axes: key -> a tree like params whose leaves are tuples of logical
+      axis names, for `postrain.sharding`; None replicates every parameter.
+  """
+
+  init: Callable[[Key[Array, '']], Params]
+  hidden: HiddenFn
+  unembed: Callable[[Params, Array], Array]
+  empty_cache: EmptyCacheFn
+  vocab_size: int
+  logical_axes: Callable[[], Params] | None = None
+
+
+class Samples(NamedTuple):
+  """Completions: ``T`` counts completion slots only.
+
+  ``sampler_logprobs`` are under the distribution that was sampled from
+  (temperature and filters applied), ``model_logprobs`` under the plain model.
+  ``truncated`` sequences met the length limit before a stop token. ``kept``
+  holds the candidates that the filters kept, filled up with -1.
+  """
+
+  tokens: Int[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  sampler_logprobs: Float[Array, 'B T']
+  model_logprobs: Float[Array, 'B T']
+  truncated: Bool[Array, ' B']
+  kept: Int[Array, 'B T K'] | None = None
+
+
+@flax.struct.dataclass
+class Rollout:
+  """What one iteration of sampling, rewarding and scoring leaves behind.
+
+  ``T`` spans the prompt slots (left-padded) and the completion slots.
+  ``arrays`` holds further inputs by their vocabulary name (``old_logprobs``,
+  ``ref_logprobs``, ``old_values``, ...), each with leading axis ``B``.
+  """
+
+  tokens: Int[Array, 'B T']
+  valid: Bool[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  rewards: Float[Array, 'P G']
+  truncated: Bool[Array, ' B']
+  version: Int[Array, 'B T']
+  turn_ids: Int[Array, 'B T']
+  arrays: dict[str, Array]
+
+
+@flax.struct.dataclass
+class Batch:
+  """One optimiser minibatch: what an objective reads.
+
+  Every array has the leading axis ``B``, and micro-batches, shards and
+  permutations cut it between units of ``unit_size`` rows only.
+
+  Attributes:
+    weights: for each term of the objective its normaliser as an array: a term
+      is sum(weights * values).
+    arrays: inputs of losses by vocabulary name.
+    packing: optional layout of the model call, see `postrain.batches.pack`.
+    unit_size: rows that a loss couples (1: sequences; 2: pairs; G: groups).
+  """
+
+  tokens: Int[Array, 'B T']
+  valid: Bool[Array, 'B T']
+  mask: Bool[Array, 'B T']
+  weights: dict[str, Array]
+  arrays: dict[str, Array]
+  packing: 'Packing | None' = None
+  unit_size: int = flax.struct.field(pytree_node=False, default=1)
+
+
+@flax.struct.dataclass
+class Packing:
+  """Where each token of ``[B, T]`` stands in ``[R, W]`` rows of the model call.
+
+  ``R`` is a multiple of the number of micro-batches (and of data shards), and
+  the sequences of one slice of units stand in the same slice of rows.
+
+  Attributes:
+    source: flat index into the slice's ``[b, t]`` tokens for each packed slot.
+    segment_ids: 0 on empty slots, else the number of the sequence in its row.
+    positions: position within the sequence.
+    slot: flat index into the slice's ``[r, w]`` slots for each token; 0 where
+      the token is padding.
+  """
+
+  source: Int[Array, 'R W']
+  segment_ids: Int[Array, 'R W']
+  positions: Int[Array, 'R W']
+  slot: Int[Array, 'B T']
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What a step changes: ``params`` and ``ref_params`` are dicts by role."""
+
+  step: Int[Array, '']
+  params: dict[str, Params]
+  opt_state: Any
+  ref_params: Params | None = None
+
+
+class Mean(NamedTuple):
+  """A mean in the making: merge by adding, finish by dividing."""
+
+  total: Array
+  count: Array
+
+
+class Sum(NamedTuple):
+  """A sum in the making."""
+
+  total: Array
+
+
+class Max(NamedTuple):
+  """A maximum in the making."""
+
+  value: Array
+
+
+class Prompts(NamedTuple):
+  """Prompts as arrays, left-padded, and the examples that they came from."""
+
+  tokens: Any  # Int [P S], NumPy or JAX
+  mask: Any  # Bool [P S]
+  examples: list[dict[str, Any]]
+
+
+class Completion(NamedTuple):
+  """What a reward function of the host sees of one completion."""
+
+  text: str
+  tokens: list[int]
+  truncated: bool
+
+
+RewardFn = Callable[..., list[float]]  # (completions, examples, *, ...)
+Objective = Callable[
+  [dict[str, Params], dict[str, Params], Batch], tuple[jax.Array, Metrics]
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A synthetic task: prompts and rewards as jittable functions.
+
+  Attributes:
+    vocab_size: number of token ids.
+    pad_id: fills unused slots; never a stop id.
+    stop_ids: ids that end a completion, possibly none.
+    prompt_length: slots ``S`` of a prompt (left-padded).
+    completion_length: slots ``T`` of a completion, the stop token included.
+    prompt: (key, held_out: bool) -> (tokens [S], mask [S]) of one prompt. The
+      prompts of training and evaluation are disjoint where the task is finite.
+    rewards: name -> (prompts [B S], completions [B T], mask [B T]) -> [B].
+    render: token ids -> text, for people.
+    solution: (prompts [B S]) -> (completions [B T], mask [B T]), the
+      demonstrations of supervised training; None where there are none.
+  """
+
+  vocab_size: int
+  pad_id: int
+  stop_ids: tuple[int, ...]
+  prompt_length: int
+  completion_length: int
+  prompt: Callable[..., tuple[Array, Array]]
+  rewards: dict[str, Callable[[Array, Array, Array], Array]]
+  render: Callable[[Any], str]
+  solution: Callable[[Array], tuple[Array, Array]] | None = None

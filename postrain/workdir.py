@@ -1,0 +1,99 @@
+"""A run's directory: who it belongs to and what stands in it."""
+
+from collections.abc import Mapping
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def claim(
+  directory: str,
+  config: Mapping[str, Any],
+  overrides: Mapping[str, Any] | None = None,
+) -> None:
+  """Make the directory, or check that it belongs to this config.
+
+  Raises:
+    ValueError: it cannot be written, or another config stands in it; the
+      message names the fields that differ.
+  """
+  path = os.path.join(directory, 'config.json')
+  config = json.loads(json.dumps(config))
+  if os.path.exists(path):
+    with open(path) as f:
+      differing = differences(json.load(f)['config'], config)
+    if differing:
+      raise ValueError(
+        f'{directory} holds a run of another config:'
+        f' {"; ".join(differing)}. Take another --workdir, or the same config'
+      )
+  try:
+    os.makedirs(directory, exist_ok=True)
+    probe = os.path.join(directory, '.writable')
+    with open(probe, 'w'):
+      pass
+    os.remove(probe)
+  except OSError as error:
+    raise ValueError(
+      f'workdir {directory} cannot be written ({error.strerror}): take'
+      ' another --workdir'
+    ) from error
+  if not os.path.exists(path):
+    versions = {p: importlib.metadata.version(p) for p in PACKAGES}
+    versions['python'] = sys.version.split()[0]
+    record = {
+      'config': config,
+      'overrides': dict(overrides or {}),
+      'versions': versions,
+      'commit': commit(),
+    }
+    write_json(path, record)
+
+
+def differences(
+  ours: Any, theirs: Any, where: str = '', ignored: str = 'logging'
+) -> list[str]:
+  """List fields that differ between two nested dicts, ``ignored`` apart."""
+  if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+    return (
+      [] if ours == theirs else [f'{where}: {ours!r} there, {theirs!r} here']
+    )
+  return [
+    line
+    for key in sorted(ours.keys() | theirs.keys())
+    if (path := f'{where}.{key}' if where else key) != ignored
+    for line in differences(
+      ours.get(key, 'absent'), theirs.get(key, 'absent'), path, ignored
+    )
+  ]
+
+
+def write_json(path: str, record: Any) -> None:
+  """Write a JSON file whole or not at all."""
+  part = f'{path}.part'
+  with open(part, 'w') as f:
+    json.dump(record, f, indent=2, default=str)
+    f.write('\n')
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(part, path)
+
+
+def commit() -> str | None:
+  """The commit of the code that runs, None outside a repository."""
+  try:
+    return subprocess.run(
+      ['git', 'rev-parse', 'HEAD'],
+      cwd=os.path.dirname(__file__),
+      capture_output=True,
+      check=True,
+      text=True,
+      timeout=10,
+    ).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return None
