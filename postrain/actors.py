@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 
+from postrain import hub
 from postrain.environments import Environment
 from postrain.models.config import Config
 from postrain.models.transformer import transformer as make_transformer
 from postrain.tasks.sort import toy_policy
 from postrain.types import Model, Params
 
-__all__ = ['sort_policy', 'transformer']
+__all__ = ['pretrained', 'sort_policy', 'transformer']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,37 @@ def transformer(
     remat=remat,
   )
   model = make_transformer(config)
-  return Actor(model, _jitted_init(model), None)
+  export = functools.partial(_export, environment, config)
+  return Actor(model, _jitted_init(model), export)
+
+
+def pretrained(
+  environment: Environment,
+  *,
+  directory: str,
+  dtype: str = 'float32',
+  remat: str | None = None,
+) -> Actor:
+  """The model of a Hugging Face directory; see `postrain.hub`.
+
+  The weights are read at once, so that a broken file is known before anything
+  else, and placed in their shards when the run begins.
+  """
+  loaded = hub.load(directory, dtype=dtype)
+  config = dataclasses.replace(loaded.config, remat=remat)
+  return Actor(
+    make_transformer(config),
+    lambda _, shardings: jax.device_put(loaded.params, shardings),
+    functools.partial(_export, environment, config),
+  )
+
+
+def _export(
+  environment: Environment, config: Config, directory: str, params: Params
+) -> None:
+  hub.save(
+    directory, config, params, tokenizer=environment.tokenizer, overwrite=True
+  )
 
 
 def sort_policy(environment: Environment, *, embed_dim: int) -> Actor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
 from postrain.types import Batch, Packing, Rollout
@@ -111,9 +111,13 @@ def take(batch: Batch, rows: Int[Array, ' N']) -> Batch:
 
 
 def minibatch_rows(
-  num_rows: int, num_minibatches: int, *, unit_size: int, seed: int
-) -> Int[np.ndarray, 'M N']:
-  """Shuffle units into minibatches: a pure function of the seed."""
+  key: Key[Array, ''], num_rows: int, num_minibatches: int, *, unit_size: int
+) -> Int[Array, 'M N']:
+  """Shuffle units into minibatches; a single one keeps its order.
+
+  Raises:
+    ValueError: the minibatches would cut a unit or be unequal.
+  """
   num_units = num_rows // unit_size
   if num_rows % unit_size or num_units % num_minibatches:
     raise ValueError(
@@ -121,10 +125,10 @@ def minibatch_rows(
       f' {num_minibatches} minibatches: change num_minibatches or the number'
       ' of prompts or samples'
     )
-  order = np.arange(num_units)
+  order = jnp.arange(num_units)
   if num_minibatches > 1:
-    order = np.random.default_rng(seed).permutation(num_units)
-  rows = order[:, None] * unit_size + np.arange(unit_size)
+    order = jax.random.permutation(key, order)
+  rows = order[:, None] * unit_size + jnp.arange(unit_size)[None]
   return rows.reshape(num_minibatches, -1)
 
 

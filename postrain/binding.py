@@ -3,7 +3,7 @@
 A module is its own registry: ``__all__`` is the index, a signature the schema.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import difflib
 import functools
@@ -71,7 +71,7 @@ def check_arguments(fn: Callable, given: Mapping[str, Any], where: str) -> None:
     raise ValueError(f'{where} needs a value for: {", ".join(missing)}')
 
 
-def _closest(name: Any, options: typing.Iterable[str]) -> str:
+def _closest(name: Any, options: Iterable[str]) -> str:
   close = difflib.get_close_matches(str(name), list(options), n=1)
   return f' (did you mean {close[0]!r}?)' if close else ''
 

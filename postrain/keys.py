@@ -10,6 +10,7 @@ PURPOSES = (
   'held_out',
   'demonstrations',
   'evaluation',
+  'minibatches',
 )
 
 
@@ -30,3 +31,12 @@ def prompt_keys(
 ) -> Key[Array, ' P']:
   """One key per prompt."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
+
+
+def minibatch_key(
+  seed: int | Int[Array, ''],
+  iteration: int | Int[Array, ''],
+  epoch: int | Int[Array, ''],
+) -> Key[Array, '']:
+  """The key that shuffles one pass over a rollout."""
+  return jax.random.fold_in(run_key(seed, 'minibatches', iteration), epoch)

@@ -40,8 +40,7 @@ def token_logprobs(
   Returns:
     Log-probabilities, at most 0.
   """
-  (logits,) = promoted(logits)
-  logits = logits / temperature
+  logits = _scaled(logits, temperature)
   return _at(logits, tokens) - logsumexp(logits, axis=-1)
 
 
@@ -62,8 +61,7 @@ def token_entropy(
   Returns:
     Entropies in [0, log V].
   """
-  (logits,) = promoted(logits)
-  logits = logits / temperature
+  logits = _scaled(logits, temperature)
   normalizer = logsumexp(logits, axis=-1)
   probs = jnp.exp(logits - normalizer[..., None])
   scores = jnp.where(jnp.isneginf(logits), 0, logits)
@@ -98,8 +96,7 @@ def kept_token_logprobs(
     DeepSeek-AI, 2025, DeepSeek-V3.2: Pushing the Frontier of Open Large
     Language Models, arXiv:2512.02556 ("keep sampling mask").
   """
-  (logits,) = promoted(logits)
-  logits = logits / temperature
+  logits = _scaled(logits, temperature)
   recorded = kept >= 0
   scores = jnp.take_along_axis(logits, jnp.maximum(kept, 0), axis=-1)
   unfiltered = ~jnp.any(recorded, axis=-1)
@@ -168,6 +165,14 @@ def map_time_chunks(
   # The scan already keeps the two computations of a chunk apart.
   chunk = jax.checkpoint(chunk, prevent_cse=False)
   return jax.tree.map(join, jax.lax.map(chunk, chunks))
+
+
+def _scaled(logits: Array, temperature: Scalar) -> Array:
+  # With the largest at 0, a likely token keeps its digits under large logits.
+  (logits,) = promoted(logits)
+  logits = logits / temperature
+  largest = jnp.max(logits, axis=-1, keepdims=True)
+  return logits - jax.lax.stop_gradient(largest)
 
 
 def _at(logits: Array, tokens: Array) -> Array:

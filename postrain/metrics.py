@@ -195,7 +195,8 @@ def curves(
   panels = figure.subplots(len(present), sharex=True, squeeze=False)[:, 0]
   for key, panel in zip(present, panels, strict=True):
     points = [(row['step'], row[key]) for row in rows if key in row]
-    panel.plot(*zip(*points, strict=True), linewidth=1)
+    marker = '.' if len(points) < 50 else None  # one point has no line
+    panel.plot(*zip(*points, strict=True), linewidth=1, marker=marker)
     panel.set_ylabel(key)
     panel.grid(alpha=0.3)
   panels[-1].set_xlabel('step')

@@ -83,7 +83,7 @@ def policy_gradient(
     arrays = {**batch.arrays, 'mask': mask, 'logprobs': logprobs}
     values, figures = call_by_name(loss, arrays)
     total = jnp.sum(weights['policy'] * values)
-    metrics = {'loss/policy': Sum(jax.lax.stop_gradient(total))}
+    metrics: Metrics = {'loss/policy': Sum(jax.lax.stop_gradient(total))}
     metrics |= {f'policy/{k}': masked_mean(v, mask) for k, v in figures.items()}
     metrics['policy/entropy'] = masked_mean(
       jax.lax.stop_gradient(entropy), mask
@@ -101,7 +101,7 @@ def policy_gradient(
       )
       total += value_coef * term
       metrics |= value_metrics
-    metrics['loss/total'] = Sum(jax.lax.stop_gradient(total))
+    metrics['loss'] = Sum(jax.lax.stop_gradient(total))
     return total, metrics
 
   return objective
@@ -122,7 +122,7 @@ def supervised(
     arrays = {**batch.arrays, 'mask': batch.mask, 'logprobs': logprobs}
     values, figures = call_by_name(loss, arrays)
     total = jnp.sum(batch.weights['policy'] * values)
-    metrics = {'loss/total': Sum(jax.lax.stop_gradient(total))}
+    metrics: Metrics = {'loss': Sum(jax.lax.stop_gradient(total))}
     metrics |= {
       f'sft/{k}': masked_mean(v, batch.mask) for k, v in figures.items()
     }
@@ -155,7 +155,7 @@ def preference(
     weights = batch.weights['preference'].reshape(-1, 2)[:, 0]
     total = jnp.sum(weights * values)
     everyone = jnp.ones(values.shape, bool)
-    metrics = {'loss/total': Sum(jax.lax.stop_gradient(total))}
+    metrics: Metrics = {'loss': Sum(jax.lax.stop_gradient(total))}
     metrics |= {
       f'preference/{k}': masked_mean(v, everyone) for k, v in figures.items()
     }

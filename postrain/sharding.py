@@ -1,6 +1,7 @@
 """The one place that knows meshes, rules and shardings."""
 
 import contextlib
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -96,7 +97,7 @@ def _fitting(mesh: Mesh, shape: tuple, spec: PartitionSpec) -> PartitionSpec:
 
   def size(axes: Any) -> int:
     names = (axes,) if isinstance(axes, str) else (axes or ())
-    return int(jax.numpy.prod(jax.numpy.array([mesh.shape[n] for n in names])))
+    return math.prod(mesh.shape[n] for n in names)
 
   return PartitionSpec(
     *(a if n % size(a) == 0 else None for n, a in zip(shape, spec, strict=True))

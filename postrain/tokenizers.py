@@ -10,6 +10,8 @@ import pathlib
 import re
 from typing import Any
 
+__all__ = ['byte_level', 'check', 'load', 'train_bpe']
+
 PAD, EOS = '<|pad|>', '<|eos|>'
 ROLES = ('system', 'user', 'assistant')
 SPECIAL_TOKENS = (PAD, EOS, *(f'<|{role}|>' for role in ROLES))
@@ -195,7 +197,7 @@ def encode_chat(
     messages: each with ``role`` and ``content``.
 
   Raises:
-    ValueError: the tokenizer has no chat template.
+    ValueError: no chat template, no message, or one that is no text.
   """
   if not tokenizer.chat_template:
     raise ValueError(
@@ -203,7 +205,12 @@ def encode_chat(
       " encode the prompts with style='plain'"
     )
   messages = [dict(message) for message in messages]
-  contents = [message['content'] for message in messages]
+  contents = [message.get('content', '') for message in messages]
+  if not messages or not all(isinstance(m.get('role'), str) for m in messages):
+    raise ValueError(
+      f'messages={messages!r:.80}: expected at least one, each with a role and'
+      ' its content'
+    )
   if not any(_spells_special(tokenizer, text) for text in contents):
     return list(_render(tokenizer, messages, tokenize=True))
   # Stand-ins of the private use area mark where each content lands.

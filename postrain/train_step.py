@@ -54,6 +54,7 @@ def make_train_step(
       (params, opt_state),
       (state.params, state.opt_state),
     )
+    metrics = {name: _per_step(figure) for name, figure in metrics.items()}
     metrics |= {
       'gradient_norm': Mean(norm, jnp.float32(1)),
       'skipped': Sum(1 - finite.astype(jnp.float32)),
@@ -104,15 +105,23 @@ def merge(stacked: Metrics) -> Metrics:
   return {name: reduce_figure(figure) for name, figure in stacked.items()}
 
 
+def value(figure: Mean | Sum | Max) -> jax.Array:
+  """Turn a typed figure into its number; a mean of nothing is 0."""
+  if isinstance(figure, Mean):
+    return figure.total / jnp.where(figure.count == 0, 1, figure.count)
+  return figure[0]
+
+
 def finish(metrics: Metrics) -> dict[str, float]:
   """Turn typed figures into numbers, once, on the host."""
+  return {name: float(value(figure)) for name, figure in metrics.items()}
 
-  def value(figure: Mean | Sum | Max) -> float:
-    if isinstance(figure, Mean):
-      return float(figure.total) / max(float(figure.count), 1.0)
-    return float(figure[0])
 
-  return {name: value(figure) for name, figure in metrics.items()}
+def _per_step(figure: Any) -> Any:
+  """A sum over micro-batches is one figure of this step."""
+  if isinstance(figure, Sum):
+    return Mean(figure.total, jnp.ones_like(figure.total))
+  return figure
 
 
 def _widen(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The one stateful object: runs a recipe in a directory, from wherever it is."""
+"""The one stateful object: runs a recipe in a directory, or goes on with it."""
 
 from collections.abc import Mapping
 import contextlib
@@ -17,7 +17,7 @@ from postrain.binding import bind
 from postrain.checkpoints import Checkpoints
 from postrain.checks import check_assembly, check_completions, check_rewards
 from postrain.evaluator import make_evaluator
-from postrain.keys import run_key
+from postrain.keys import minibatch_key, run_key
 from postrain.recipe import make_recipe, plain
 from postrain.reporting import (
   CURVES,
@@ -290,13 +290,13 @@ class Trainer:
     choices, typed = self.recipe.rl, []
     for epoch in range(choices.num_epochs):
       minibatches = minibatch_rows(
+        minibatch_key(self.recipe.seed, iteration, epoch),
         len(batch.mask),
         choices.num_minibatches,
         unit_size=batch.unit_size,
-        seed=(self.recipe.seed, iteration, epoch),
       )
       for rows in minibatches:
-        state, figures = self._update(state, batch, jnp.asarray(rows))
+        state, figures = self._update(state, batch, rows)
         typed.append(figures)
     if state.ref_params is not None:
       reference = self._move_reference(

@@ -15,7 +15,7 @@ trained, the stop token it chose included.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -29,6 +29,7 @@ Cache = Any  # a pytree of arrays that only its model looks into
 Metrics = dict[str, Any]  # name -> Mean, Sum or Max
 
 
+@runtime_checkable
 class HiddenFn(Protocol):
   """``hidden(params, tokens, ...) -> (hidden [B N D], cache)``.
 
@@ -49,6 +50,7 @@ class HiddenFn(Protocol):
   ) -> tuple[Float[Array, 'B N D'], Cache | None]: ...
 
 
+@runtime_checkable
 class EmptyCacheFn(Protocol):
   """``empty_cache(batch_size, length, prefix=None)``: ``length`` free slots.
 

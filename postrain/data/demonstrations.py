@@ -67,19 +67,19 @@ def encode_demonstrations(
     before = prompt_ids(
       tokenizer, example, row, field=prompt, style=style, template=template
     )
-    after = _completion_ids(tokenizer, example, row, completion)
+    after = completion_ids(tokenizer, example, row, field=completion)
     if style == 'plain':
       text = prompt_text(example, row, field=prompt, template=template)
       after = _continuation(tokenizer, text, before, example[completion], after)
     ids = [*before, *after, stop_id]
-    if len(ids) <= max_length:
-      rows.append(ids)
-      starts.append(len(before))
-    elif too_long == 'error':
+    if len(ids) > max_length and too_long == 'error':
       raise ValueError(
         f'row {row}: prompt and completion have {len(ids)} tokens,'
         f" max_length={max_length}: raise it, or set too_long='drop'"
       )
+    if len(ids) <= max_length:
+      rows.append(ids)
+      starts.append(len(before))
   if not rows:
     raise ValueError(
       f'no demonstration is left of {len(examples)} at max_length='
@@ -92,9 +92,10 @@ def encode_demonstrations(
   return Demonstrations(tokens, valid, mask)
 
 
-def _completion_ids(
-  tokenizer: Any, example: dict[str, Any], row: int, field: str
+def completion_ids(
+  tokenizer: Any, example: dict[str, Any], row: int, *, field: str
 ) -> list[int]:
+  """The tokens of one completion by itself, without a stop token."""
   text = example.get(field)
   if not isinstance(text, str) or not text.strip():
     raise ValueError(

@@ -37,7 +37,7 @@ class Level(NamedTuple):
 
 def widened(dtype: Any) -> Any:
   """At least float32: the precision of sums."""
-  return jnp.promote_types(dtype, jnp.float32)
+  return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 def rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
@@ -130,7 +130,10 @@ def whole_attention(
   if query.dtype == jnp.float64:  # its softmax is in float32 whatever comes in
     level = Level(key.swapaxes(1, 2), value.swapaxes(1, 2))
     return attention(query, (level,), visible)
-  return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+  with jax.numpy_dtype_promotion('standard'):  # it mixes types inside
+    return jax.nn.dot_product_attention(
+      query, key, value, mask=visible[:, None]
+    )
 
 
 class Block(nn.Module):

@@ -68,7 +68,7 @@ def visibility(
   for cache in past:
     ids = cache.segment_ids
     ids = jnp.repeat(ids, batch // ids.shape[0], axis=0)
-    filled = jnp.arange(ids.shape[1]) < cache.length
+    filled = jnp.arange(ids.shape[1], dtype=jnp.int32) < cache.length
     same = segment_ids[:, :, None] == ids[:, None]
     parts.append(same & filled[None, None])
   causal = jnp.tril(jnp.ones((1, num_new, num_new), bool))

@@ -1,14 +1,16 @@
 """Run reward functions and check what they return."""
 
 from collections.abc import Mapping
-import math
-import numbers
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Float, Int
 import numpy as np
 
 from postrain.types import Completion, RewardFn
+
+# Beyond it a finite reward would turn infinite on the device.
+MAX_REWARD = float(np.finfo(np.float32).max)
+REAL = int | float | np.integer | np.floating | np.bool_
 
 
 class Scores(NamedTuple):
@@ -92,12 +94,9 @@ def _call(
 
 
 def _usable(value: Any) -> bool:
-  # Beyond float32 a finite reward would become infinite on the device.
-  return (
-    isinstance(value, numbers.Real | np.bool_)
-    and math.isfinite(value)
-    and abs(float(value)) <= np.finfo(np.float32).max
-  )
+  # False for NaN too, as every comparison with it is.
+  real = isinstance(value, REAL)
+  return real and bool(abs(value) <= MAX_REWARD)
 
 
 def _complaint(label: str, broken: list[int], values: list[Any]) -> str:

@@ -16,7 +16,7 @@ from postrain.types import Model, Samples, Scalar
 def sequence_keys(
   key: Key[Array, ''], prompt_ids: Int[Array, ' P'], num_samples: int
 ) -> Key[Array, ' B']:
-  """One key per (prompt, sample): who stands beside a prompt changes nothing."""
+  """One key per (prompt, sample): neighbours of a prompt change nothing."""
   prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
   fold = jax.vmap(jax.random.fold_in, (None, 0))
   samples = jnp.arange(num_samples, dtype=jnp.uint32)

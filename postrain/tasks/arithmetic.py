@@ -133,8 +133,9 @@ def well_formed(
 
 
 def render(ids: Sequence[int] | np.ndarray | Array) -> str:
-  """Write token ids as characters: padding as nothing, the stop token as $."""
-  return ''.join(CHARACTERS[i] for i in np.asarray(ids).tolist())
+  """Write ids as characters: padding as nothing, stop as $, unknown as ?."""
+  known = dict(enumerate(CHARACTERS))
+  return ''.join(known.get(i, '?') for i in np.asarray(ids).tolist())
 
 
 def _matches(

@@ -1,7 +1,6 @@
-"""Where prompts come from and what rewards their completions."""
+"""Environments of synthetic tasks: everything but the text on the device."""
 
-from collections.abc import Callable, Mapping
-import dataclasses
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -11,42 +10,9 @@ import numpy as np
 
 from postrain import tasks
 from postrain.binding import bind
+from postrain.environments.record import Environment, reward_weights
 from postrain.keys import prompt_keys, run_key
-from postrain.types import Prompts, Samples, Task
-
-__all__ = ['task']
-
-
-@dataclasses.dataclass(frozen=True)
-class Environment:
-  """Prompts, demonstrations and rewards, as the trainer sees them.
-
-  Attributes:
-    vocab_size: ids that tokens may take.
-    pad_id: fills unused slots.
-    stop_ids: end a completion.
-    prompts: (iteration, num_prompts) -> Prompts; a pure function.
-    held_out: (num_prompts) -> Prompts, the same at every call.
-    demonstrations: (step, batch_size, num_examples) -> (tokens, valid, mask)
-      for supervised training.
-    rewards: (prompts, samples) -> {label: [B]} in the order of the config.
-    weights: label -> weight in the sum that trains.
-    text: token ids -> text.
-    tokenizer: of the export, None if there is none.
-    device_task: the task, where rewards are jittable.
-  """
-
-  vocab_size: int
-  pad_id: int
-  stop_ids: tuple[int, ...]
-  prompts: Callable[[int, int], Prompts]
-  held_out: Callable[[int], Prompts]
-  demonstrations: Callable[[int, int, int | None], tuple]
-  rewards: Callable[[Prompts, Samples], dict[str, np.ndarray]]
-  weights: dict[str, float]
-  text: Callable[[Any], str]
-  tokenizer: Any = None
-  device_task: Task | None = None
+from postrain.types import Prompts, Task
 
 
 def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
@@ -105,7 +71,7 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
         drawn.tokens, samples.tokens, samples.mask
       ).items()
     },
-    weights=_weights(rewards),
+    weights=reward_weights(rewards),
     text=chosen.render,
     device_task=chosen,
   )
@@ -139,13 +105,3 @@ def _check_rewards(task: Task, rewards: Mapping[str, Any]) -> None:
         f'rewards.{label}: the task has no reward {block["name"]!r};'
         f' it has: {", ".join(task.rewards)}'
       )
-
-
-def _weights(rewards: Mapping[str, Any]) -> dict[str, float]:
-  weights = {label: block.get('weight') for label, block in rewards.items()}
-  for label, weight in weights.items():
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-      raise ValueError(f'rewards.{label}: weight={weight!r} is not a number')
-  if not any(weights.values()):
-    raise ValueError('rewards: at least one needs a weight that is not 0')
-  return {label: float(weight) for label, weight in weights.items()}

@@ -1,0 +1,192 @@
+"""The whole loop inside one jit, for tasks whose reward is jittable.
+
+Sample, reward, advantage and update are scanned over iterations, and seeds and
+numeric hyperparameters are vmapped over: an ablation of 32 seeds is one call.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from postrain import actors, environments
+from postrain.algorithm import Algorithm, make_algorithm
+from postrain.batches import minibatch_rows
+from postrain.binding import bind
+from postrain.checks import check_assembly
+from postrain.environments import Environment
+from postrain.keys import minibatch_key, prompt_keys, run_key
+from postrain.recipe import Recipe, make_recipe, plain
+from postrain.train_step import merge, value
+from postrain.types import (
+  Batch,
+  Metrics,
+  Params,
+  Samples,
+  Task,
+  TrainState,
+)
+
+
+def run(
+  config: Mapping[str, Any],
+  *,
+  seeds: Int[Array, ' N'],
+  hyperparameters: Mapping[str, Float[Array, ' N']] | None = None,
+) -> tuple[dict[str, Params], dict[str, Float[Array, 'N I']]]:
+  """Run a config for each seed at once, inside one jit.
+
+  The same functions as in `postrain.trainer.Trainer`, with two things left
+  out: supervised steps and dynamic sampling, which need the host.
+
+  Args:
+    config: as of a run; its environment must be a task.
+    seeds: one run each.
+    hyperparameters: path in the config (``'loss.clip_low'``) -> one number for
+      each run.
+
+  Returns:
+    The trained parameters, and the figures of each run and iteration, both
+    with the runs as leading axis.
+
+  Raises:
+    ValueError: the config needs the host, or an array does not match ``seeds``.
+  """
+  config, hyperparameters = plain(config), dict(hyperparameters or {})
+  _check(config, seeds, hyperparameters)
+
+  def one(seed: Array, values: dict[str, Array]) -> Any:
+    return _loop(_override(config, values), seed)
+
+  return jax.jit(jax.vmap(one))(seeds, hyperparameters)
+
+
+def _check(
+  config: dict[str, Any], seeds: Array, hyperparameters: dict[str, Array]
+) -> None:
+  recipe = make_recipe(config)
+  environment = bind(environments, recipe.environment)(
+    recipe.seed, recipe.rewards
+  )
+  if environment.device_task is None:
+    raise ValueError(
+      f'environment {recipe.environment["name"]!r} rewards on the host: the'
+      " device loop needs environment.name='task'"
+    )
+  if recipe.sft.num_steps or recipe.filter.informative_only:
+    raise ValueError(
+      'the device loop has neither supervised steps nor dynamic sampling: set'
+      ' sft.num_steps=0 and filter.informative_only=False, or use the trainer'
+    )
+  for path, values in hyperparameters.items():
+    if values.shape != seeds.shape:
+      raise ValueError(
+        f'hyperparameters[{path!r}] has shape {values.shape},'
+        f' seeds {seeds.shape}: give one number for each run'
+      )
+  actor = bind(actors, recipe.model)(environment)
+  check_assembly(recipe, environment, actor.model)
+
+
+def _override(config: dict[str, Any], values: dict[str, Array]) -> dict:
+  """Put values at their paths; a path that does not exist is an error."""
+  for path, value in values.items():
+    *blocks, field = path.split('.')
+    config = dict(config)
+    inner = config
+    for block in blocks:
+      if not isinstance(inner.get(block), dict):
+        raise ValueError(f'hyperparameter {path!r}: config has no {block!r}')
+      inner[block] = inner = dict(inner[block])
+    if field not in inner:
+      raise ValueError(
+        f'hyperparameter {path!r}: config has no such field; there are:'
+        f' {", ".join(inner)}'
+      )
+    inner[field] = value
+  return config
+
+
+def _loop(config: dict[str, Any], seed: Array) -> Any:
+  recipe = make_recipe(config)
+  environment: Environment = bind(environments, recipe.environment)(
+    recipe.seed, recipe.rewards
+  )
+  task = environment.device_task
+  actor = bind(actors, recipe.model)(environment)
+  algorithm = make_algorithm(
+    recipe, actor.model, pad_id=task.pad_id, stop_ids=task.stop_ids
+  )
+  params = {'actor': actor.model.init(run_key(seed, 'init'))}
+  reference = params['actor'] if algorithm.uses_reference else None
+  state = TrainState(
+    jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
+  )
+
+  def iterate(state: TrainState, iteration: Array) -> Any:
+    return _iterate(recipe, algorithm, environment, task, seed, state, iteration)
+
+  iterations = jnp.arange(recipe.rl.num_iterations)
+  state, figures = jax.lax.scan(iterate, state, iterations)
+  return state.params, figures
+
+
+def _iterate(
+  recipe: Recipe, algorithm: Algorithm, environment: Environment, task: Task,
+  seed: Array, state: TrainState, iteration: Array,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+  ids = jnp.arange(recipe.rl.num_prompts)
+  keys = prompt_keys(run_key(seed, 'prompts', iteration), ids)
+  prompts, prompt_mask = jax.vmap(task.prompt)(keys)
+  key = run_key(seed, 'sample', iteration)
+  samples = algorithm.sample(state.params, prompts, prompt_mask, key, ids)
+  rewards = _rewards(recipe, task, prompts, samples)
+  total = sum(
+    weight * rewards[label] for label, weight in environment.weights.items()
+  )
+  batch, figures, _ = algorithm.prepare(
+    state.params, state.ref_params, prompts, prompt_mask, samples,
+    total.reshape(len(ids), -1),
+  )  # fmt: skip
+  state, updates = _optimise(recipe, algorithm, seed, state, batch, iteration)
+  figures = {k: value(v) for k, v in {**figures, **updates}.items()}
+  means = {f'reward/{k}': v.mean() for k, v in rewards.items()}
+  return state, {'reward': total.mean(), **means, **figures}
+
+
+def _rewards(
+  recipe: Recipe, task: Task, prompts: Array, samples: Samples
+) -> dict[str, Array]:
+  prompts = jnp.repeat(prompts, recipe.sampling.num_samples, axis=0)
+  return {
+    label: task.rewards[block['name']](prompts, samples.tokens, samples.mask)
+    for label, block in recipe.rewards.items()
+  }
+
+
+def _optimise(
+  recipe: Recipe, algorithm: Algorithm, seed: Array, state: TrainState,
+  batch: Batch, iteration: Array,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+  choices = recipe.rl
+
+  def step(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
+    return algorithm.update(state, batch, rows)
+
+  def epoch(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
+    key = minibatch_key(seed, iteration, number)
+    rows = minibatch_rows(
+      key, len(batch.mask), choices.num_minibatches, unit_size=batch.unit_size
+    )
+    state, figures = jax.lax.scan(step, state, rows)
+    return state, merge(figures)
+
+  state, figures = jax.lax.scan(epoch, state, jnp.arange(choices.num_epochs))
+  if state.ref_params is not None:
+    reference = algorithm.move_reference(
+      state.ref_params, state.params['actor'], iteration
+    )
+    state = state.replace(ref_params=reference)
+  return state, merge(figures)
