@@ -4,7 +4,28 @@ No recipe by itself: it has no environment. See `postrain.recipe` for what the
 fields mean.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
+
+
+def adamw(**changes: Any) -> dict[str, Any]:
+  """The optimiser block with every field, so that each can be overridden."""
+  return {
+    **dict(
+      name='adamw',
+      learning_rate=1e-3,
+      schedule='constant',
+      warmup_steps=0,
+      total_steps=config_dict.placeholder(int),
+      b1=0.9,
+      b2=0.99,
+      eps=1e-8,
+      weight_decay=0.0,
+      clip_norm=1.0,
+    ),
+    **changes,
+  }
 
 
 def get_config() -> ConfigDict:
@@ -42,7 +63,7 @@ def get_config() -> ConfigDict:
         batch_size=32,
         num_examples=config_dict.placeholder(int),
         num_micro_batches=1,
-        optimizer=dict(name='adamw', learning_rate=1e-3),
+        optimizer=adamw(learning_rate=1e-3),
       ),
       rl=dict(
         num_iterations=0,
@@ -51,7 +72,7 @@ def get_config() -> ConfigDict:
         num_minibatches=1,
         num_micro_batches=1,
         num_score_slices=1,
-        optimizer=dict(name='adamw', learning_rate=1e-3),
+        optimizer=adamw(learning_rate=1e-3),
       ),
       evaluation=dict(
         every=0,

@@ -21,15 +21,17 @@ def get_config() -> ConfigDict:
     name='transformer', num_layers=2, model_dim=128, mlp_dim=512,
     num_heads=4, num_kv_heads=4, head_dim=32, max_length=32,
   )  # fmt: skip
-  config.rewards = dict(exact=dict(name='exact', weight=1.0))
+  config.rewards = dict(
+    exact=dict(name='exact', weight=1.0), digits=dict(name='digits', weight=0.0)
+  )
   config.sampling.num_samples = 8
   config.sampling.max_new_tokens = 4
   config.sft.num_steps = 300
   config.sft.batch_size = 128
-  config.sft.optimizer = dict(name='adamw', learning_rate=1e-3)
+  config.sft.optimizer = base.adamw(learning_rate=1e-3)
   config.rl.num_iterations = 200
   config.rl.num_prompts = 64
-  config.rl.optimizer = dict(name='adamw', learning_rate=3e-4)
+  config.rl.optimizer = base.adamw(learning_rate=3e-4)
   config.evaluation.every = 50
   config.evaluation.grader = 'exact'
   config.evaluation.num_prompts = 512

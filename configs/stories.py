@@ -1,9 +1,5 @@
 """GRPO from a real pretrained model: short stories that name an animal.
 
-A 260K-parameter Llama of TinyStories learns to tell a story that ends within
-the limit and in which an animal has a name. Its stories are separated by BOS
-and have no end of sequence of their own: both ids stop a completion.
-
   python experiments/train.py --config=configs/stories.py \\
     --workdir=runs/stories \\
     --config.model.directory=DIR --config.environment.tokenizer.directory=DIR
@@ -13,40 +9,57 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-CHARACTERS = ('Lily', 'Tom', 'Ben', 'Mia', 'Sam', 'Anna', 'Max', 'Sue')
+NAMES = ('Lily', 'Tom', 'Ben', 'Mia', 'Anna', 'Max', 'Sue', 'Tim')
 OPENINGS = (
-  'Once upon a time, there was a little girl named {}.',
-  'One day, {} went to the park.',
-  'Once upon a time, {} found a big box.',
-  '{} lived in a small house near the woods.',
+  'Once upon a time, there was a child named {0}. In the garden, {0} saw a',
+  '{0} lost a ball in the park and was very sad. Then {0} met a',
+  'It was raining, and {0} was sad. Then the sun came out. {0} saw a',
+  '{0} went to the zoo with Dad. Best of all, {0} liked a',
+  '{0} lived on a farm. On the farm there was a',
+  '{0} was lost in the woods and began to cry. Then {0} saw a',
+  'Mom gave {0} a big box. In the box there was a',
+  'One day, {0} went to the lake to swim. In the water, {0} saw a',
+)
+OTHER_NAMES = ('Sara', 'Jack', 'Amy', 'Sam')
+OTHER_OPENINGS = (
+  'After a long day, {0} was tired but happy. On the way home, {0} met a',
+  'One night, {0} heard a noise. Under the bed, {0} found a',
+  '{0} had no friends to play with. One day, {0} found a',
+  'High in a tree, {0} saw a',
 )
 
 
 def get_config() -> ConfigDict:
-  prompts = [o.format(c) for c in CHARACTERS for o in OPENINGS]
   config = base.get_config()
   config.environment = dict(
     name='text',
-    train=tuple(p for i, p in enumerate(prompts) if i % 4 != 3),
-    held_out=tuple(p for i, p in enumerate(prompts) if i % 4 == 3),
+    train=tuple(o.format(n) for n in NAMES for o in OPENINGS),
+    held_out=tuple(o.format(n) for n in OTHER_NAMES for o in OTHER_OPENINGS),
     tokenizer=dict(directory=''),
     prompt='prompt',
-    max_prompt_length=32,
-    max_length=224,
+    max_prompt_length=40,
+    max_length=256,
     stop_ids=(1, 2),
   )
   config.model = dict(name='pretrained', directory='')
   config.rewards = dict(
-    named=dict(name='names_animal', weight=1.0),
-    finished=dict(name='finished', weight=0.0),
+    story=dict(name='animal_story', min_words=40, weight=1.0),
+    named=dict(name='names_animal', mention=0.0, weight=0.5),
+    finished=dict(name='finished', weight=0.5),
   )
+  config.kl.loss_coef = 0.1
   config.sampling.num_samples = 8
   config.sampling.max_new_tokens = 192
-  config.rl.num_iterations = 100
-  config.rl.num_prompts = 16
+  config.rl.num_iterations = 50
+  config.rl.num_prompts = 8
+  config.rl.num_micro_batches = 8
+  config.rl.num_score_slices = 8
+  config.rl.optimizer = base.adamw(learning_rate=3e-4)
   config.evaluation.every = 50
-  config.evaluation.grader = 'named'
-  config.evaluation.num_prompts = 8
-  config.evaluation.batch_size = 8
+  config.evaluation.grader = 'story'
+  config.evaluation.num_prompts = 16
+  config.evaluation.batch_size = 16
+  config.evaluation.num_samples = 4
   config.logging.table_every = 25
+  config.checkpoint.every = 25
   return config

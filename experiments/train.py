@@ -14,9 +14,24 @@ from ml_collections import config_flags
 
 from postrain.trainer import Trainer
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives.')
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The recipe.', allow_overwrite=False
+)
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where the run lives.', allow_overwrite=False
+)
+TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where errors rise.')
 flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parse the flags; a mistake in them is one line."""
+  try:
+    return FLAGS(argv)
+  except (flags.Error, AttributeError, LookupError, OSError, TypeError,
+          ValueError) as error:  # fmt: skip
+    sys.exit(one_line(error))
 
 
 def main(argv: list[str]) -> None:
@@ -25,13 +40,17 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
   overrides = config_flags.get_override_values(FLAGS['config'])
   try:
-    trainer = Trainer(CONFIG.value, WORKDIR.value, overrides)
+    Trainer(CONFIG.value, WORKDIR.value, overrides).run()
   except ValueError as error:
-    sys.exit(f'error: {error}')
-  trainer.run()
+    if TRACEBACK.value:
+      raise
+    sys.exit(one_line(error))
 
 
-FLAGS = flags.FLAGS
+def one_line(error: Exception) -> str:
+  """What went wrong, for people: messages of libraries may have many lines."""
+  return f'error: {" ".join(str(error).split())}'
+
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse)

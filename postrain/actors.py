@@ -24,13 +24,15 @@ class Actor:
   Attributes:
     model: see `postrain.types.Model`.
     init: (key, shardings) -> params.
+    max_length: positions that the model was made for, None for any number.
     export: (directory, params) -> None writes a Hugging Face directory; None
       where the model has no such form.
   """
 
   model: Model
   init: Callable[[Any, Any], Params]
-  export: Callable[[str, Params], None] | None
+  max_length: int | None = None
+  export: Callable[[str, Params], None] | None = None
 
 
 def transformer(
@@ -73,7 +75,7 @@ def transformer(
   )
   model = make_transformer(config)
   export = functools.partial(_export, environment, config)
-  return Actor(model, _jitted_init(model), export)
+  return Actor(model, jitted_init(model), max_length, export)
 
 
 def pretrained(
@@ -93,6 +95,7 @@ def pretrained(
   return Actor(
     make_transformer(config),
     lambda _, shardings: jax.device_put(loaded.params, shardings),
+    config.max_length,
     functools.partial(_export, environment, config),
   )
 
@@ -115,10 +118,10 @@ def sort_policy(environment: Environment, *, embed_dim: int) -> Actor:
     length=task.completion_length,
     embed_dim=embed_dim,
   )
-  return Actor(model, _jitted_init(model), None)
+  return Actor(model, jitted_init(model))
 
 
-def _jitted_init(model: Model) -> Callable[[Any, Any], Params]:
+def jitted_init(model: Model) -> Callable[[Any, Any], Params]:
   """Initialise under jit: eager bits differ."""
   return lambda key, shardings: jax.jit(model.init, out_shardings=shardings)(
     key

@@ -24,7 +24,7 @@ from postrain import (
 )
 from postrain.batches import assemble, call_by_name, reweigh, take
 from postrain.binding import bind
-from postrain.recipe import Recipe
+from postrain.recipe import Block, Recipe
 from postrain.sampling import sample
 from postrain.scoring import score
 from postrain.train_step import make_train_step
@@ -75,9 +75,8 @@ def make_algorithm(
   weigh = functools.partial(
     reweigh,
     aggregation=aggregate,
-    kl_aggregation=recipe.kl.aggregation
-    and bind(aggregation, recipe.kl.aggregation),
-    correction=recipe.correction and bind(importance, recipe.correction),
+    kl_aggregation=_optional(aggregation, recipe.kl.aggregation),
+    correction=_optional(importance, recipe.correction),
   )
   estimator = bind(kl, recipe.kl.estimator)
   rl_optimizer = bind(optimizers, recipe.rl.optimizer)()
@@ -123,6 +122,10 @@ def make_algorithm(
     sft_optimizer=sft_optimizer,
     uses_reference=_uses_reference(recipe),
   )
+
+
+def _optional(module: Any, block: Block | None) -> Callable | None:
+  return None if block is None else bind(module, block)
 
 
 def _uses_reference(recipe: Recipe) -> bool:
@@ -243,7 +246,7 @@ def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
 
 def _columns(batch: Batch, gap: Any) -> dict[str, Any]:
   """Figures of each completion, for the sample files."""
-  lengths = jnp.maximum(batch.mask.sum(-1), 1)
+  lengths = jnp.maximum(batch.mask.sum(-1, dtype=jnp.float32), 1)
   advantages = batch.arrays['advantages'].sum(-1) / lengths
   largest = jnp.where(batch.mask, gap, 0).max(-1)
   return {'advantage': advantages, 'logprob_gap': largest}

@@ -1,6 +1,7 @@
 """From rollouts to optimiser minibatches: advantages, weights, layouts."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import inspect
 from typing import Any
 
@@ -19,15 +20,14 @@ def call_by_name(fn: Callable, arrays: Mapping[str, Any]) -> Any:
     for p in inspect.signature(fn).parameters.values()
     if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
   ]
+  present = sorted(k for k, v in arrays.items() if v is not None)
   missing = [
-    p.name
-    for p in wanted
-    if arrays.get(p.name) is None and p.default is p.empty
+    p.name for p in wanted if p.default is p.empty and p.name not in present
   ]
   if missing:
     raise ValueError(
       f'{getattr(fn, "func", fn).__name__} asks for {", ".join(missing)};'
-      f' this assembly has: {", ".join(sorted(arrays))}'
+      f' this assembly has: {", ".join(present)}'
     )
   return fn(*(arrays.get(p.name) for p in wanted))
 
@@ -102,7 +102,7 @@ def reweigh(
   everyone = aggregate(aggregation, batch.mask)
   weights = {'policy': policy, 'entropy': everyone, 'value': everyone}
   weights['kl'] = aggregate(kl_aggregation or aggregation, batch.mask)
-  return batch.replace(weights=weights)
+  return dataclasses.replace(batch, weights=weights)
 
 
 def take(batch: Batch, rows: Int[Array, ' N']) -> Batch:
@@ -167,9 +167,9 @@ def pack(
     _lay_out(piece, *fit, num_rows or needed, width)
     for piece, fit in zip(slices, fits, strict=True)
   ]
-  stacked = jax.tree.map(lambda *x: np.stack(x), *pieces)
-  slot = join(stacked.slot, unit_size)
-  return join(stacked.replace(slot=None)).replace(slot=slot)
+  *layout, slot = (np.stack(x) for x in zip(*pieces, strict=True))
+  arrays = [*join(layout), join(slot, unit_size)]
+  return Packing(*map(jnp.asarray, arrays))
 
 
 def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:
@@ -190,7 +190,8 @@ def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:
 def _lay_out(
   valid: np.ndarray, rows: list[int], starts: list[int], num_rows: int,
   width: int,
-) -> Packing:  # fmt: skip
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+  """The fields of the `Packing` of a slice."""
   batch_size, length = valid.shape
   source = np.zeros((num_rows, width), np.int32)
   segment_ids, positions = np.zeros_like(source), np.zeros_like(source)
@@ -202,7 +203,7 @@ def _lay_out(
     positions[rows[b], slots] = np.arange(len(real))
     segment_ids[rows[b], slots] = segment_ids[rows[b]].max(initial=0) + 1
     slot[b, real] = rows[b] * width + starts[b] + np.arange(len(real))
-  return Packing(source, segment_ids, positions, slot)
+  return source, segment_ids, positions, slot
 
 
 def cut(tree: Any, num_slices: int, unit_size: int = 1) -> Any:
@@ -215,7 +216,7 @@ def cut(tree: Any, num_slices: int, unit_size: int = 1) -> Any:
     ValueError: the slices would cut a unit or be unequal.
   """
 
-  def cut_leaf(x: Array) -> Array:
+  def cut_leaf(x: Any) -> Any:
     if x.shape[0] % (num_slices * unit_size):
       raise ValueError(
         f'{x.shape[0]} rows do not divide into {num_slices} slices of whole'
@@ -227,10 +228,24 @@ def cut(tree: Any, num_slices: int, unit_size: int = 1) -> Any:
   return jax.tree.map(cut_leaf, tree)
 
 
+def cut_batch(batch: Batch, num_slices: int) -> list[Array]:
+  """Cut the leaves of a batch and of its layout, in their order."""
+  unpacked = dataclasses.replace(batch, packing=None)
+  leaves = cut(jax.tree.leaves(unpacked), num_slices, batch.unit_size)
+  if batch.packing is None:
+    return leaves
+  *layout, slot = jax.tree.leaves(batch.packing)
+  return [
+    *leaves,
+    *cut(layout, num_slices),
+    cut(slot, num_slices, batch.unit_size),
+  ]
+
+
 def join(tree: Any, unit_size: int = 1) -> Any:
   """Undo `cut`."""
 
-  def join_leaf(x: Array) -> Array:
+  def join_leaf(x: Any) -> Any:
     units = x.reshape(x.shape[0], -1, unit_size, *x.shape[2:])
     return units.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 

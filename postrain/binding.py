@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 import math
 import types
@@ -22,29 +23,45 @@ def bind(module: types.ModuleType, block: Mapping[str, Any]) -> Callable:
 
   Args:
     module: its ``__all__`` lists what may be named.
-    block: ``name`` and hyperparameters. Arrays (also traced ones) may stand
-      where the signature takes a number.
+    block: ``name`` and hyperparameters. A function from elsewhere is named
+      ``'module:function'``. Arrays (also traced ones) may stand where the
+      signature takes a number.
 
   Raises:
     ValueError: no name, an unknown name, an unknown, missing or ill-typed
       hyperparameter; the message lists what exists.
   """
-  where = module.__name__
   if not isinstance(block, Mapping) or 'name' not in block:
     raise ValueError(
-      f"{where}: expected a block like dict(name='...'), got {block!r};"
+      f"{module.__name__}: expected dict(name='...'), got {block!r};"
       f' names: {", ".join(module.__all__)}'
     )
   hyperparameters = {k: v for k, v in block.items() if k != 'name'}
-  name = block['name']
+  fn, where = _find(module, block['name'])
+  check_arguments(fn, hyperparameters, where)
+  return functools.partial(fn, **hyperparameters)
+
+
+def _find(module: types.ModuleType, name: Any) -> tuple[Callable, str]:
+  """A function of ``module``, or of a stranger's: ``'package.module:name'``."""
+  where = module.__name__
+  if isinstance(name, str) and ':' in name:
+    path, _, attribute = name.partition(':')
+    try:
+      fn = getattr(importlib.import_module(path), attribute)
+    except (ImportError, AttributeError) as error:
+      raise ValueError(
+        f'{name!r} cannot be imported ({error}): it must be module:function,'
+        ' and the module on the path of Python'
+      ) from error
+    return fn, name
   if name not in module.__all__:
     raise ValueError(
       f'{where} has no {name!r}{_closest(name, module.__all__)};'
-      f' it has: {", ".join(module.__all__)}'
+      f" it has: {', '.join(module.__all__)}; a function of your own is named"
+      " 'module:function'"
     )
-  fn = getattr(module, name)
-  check_arguments(fn, hyperparameters, f'{where}.{name}')
-  return functools.partial(fn, **hyperparameters)
+  return getattr(module, name), f'{where}.{name}'
 
 
 def check_arguments(fn: Callable, given: Mapping[str, Any], where: str) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from postrain.workdir import die_at
+
 
 class Checkpoints:
   """The checkpoints of a run: atomic, complete or absent.
@@ -21,7 +23,9 @@ class Checkpoints:
       max_to_keep=keep, cleanup_tmp_directories=True
     )
     self._manager = ocp.CheckpointManager(
-      os.path.abspath(directory), options=options
+      os.path.abspath(directory),
+      options=options,
+      item_handlers=ocp.StandardCheckpointHandler(),
     )
 
   def latest(self) -> int | None:
@@ -34,6 +38,7 @@ class Checkpoints:
 
     check_leaves(state)
     saved = self._manager.save(step, args=ocp.args.StandardSave(state))
+    die_at('in_checkpoint', step)
     self._manager.wait_until_finished()
     if not saved:
       raise ValueError(
@@ -42,14 +47,46 @@ class Checkpoints:
       )
 
   def restore(self, step: int, like: Any) -> Any:
-    """Restore ``step`` into the structure, dtypes and shardings of ``like``."""
+    """Restore ``step`` into the structure, dtypes and shardings of ``like``.
+
+    Raises:
+      ValueError: the checkpoint holds other leaves, shapes or dtypes (Orbax
+        would cast in silence); names them.
+    """
     import orbax.checkpoint as ocp
 
+    stored = _signature(self._manager.item_metadata(step).tree)
+    wanted = _signature(like)
+    if stored != wanted:
+      raise ValueError(
+        f'checkpoint {step} in {self._manager.directory} is of another model'
+        f' or optimiser: {_difference(stored, wanted)}. Take the code and the'
+        ' files that it was made with, or another --workdir'
+      )
     return self._manager.restore(step, args=ocp.args.StandardRestore(like))
 
   def close(self) -> None:
     """Wait for what is under way and release the directory."""
     self._manager.close()
+
+
+def _signature(tree: Any) -> dict[str, str]:
+  """Path of each leaf -> its dtype and shape."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): (
+      f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _difference(stored: dict[str, str], wanted: dict[str, str]) -> str:
+  differing = [
+    f'{path} is {stored.get(path, "absent")}, not {wanted.get(path, "absent")}'
+    for path in sorted(stored.keys() | wanted.keys())
+    if stored.get(path) != wanted.get(path)
+  ]
+  return '; '.join(differing[:4]) + ('; ...' if len(differing) > 4 else '')
 
 
 def check_leaves(state: Any) -> None:

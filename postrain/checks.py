@@ -1,14 +1,19 @@
 """What would be silently wrong is an error of the assembly."""
 
+import functools
 import inspect
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from postrain import advantages
+from postrain.binding import bind
+from postrain.algorithm import Algorithm
 from postrain.environments import Environment
 from postrain.recipe import Recipe
-from postrain.types import Model, Samples
+from postrain.types import Model, Samples, TrainState
 
 
 def check_assembly(
@@ -30,6 +35,12 @@ def check_assembly(
       f'pad id {environment.pad_id} is also a stop id: the last token of every'
       ' completion would be masked; give the tokenizer a pad token of its own'
     )
+  if recipe.sft.num_steps and environment.demonstrations is None:
+    raise ValueError(
+      f'sft.num_steps={recipe.sft.num_steps}, but environment'
+      f' {recipe.environment["name"]!r} has no demonstrations: name their field'
+      ' (environment.completion of texts), or set sft.num_steps=0'
+    )
   shards = recipe.mesh.data * recipe.mesh.fsdp
   if recipe.rl.num_iterations:
     _check_groups(recipe)
@@ -43,14 +54,76 @@ def check_assembly(
     _check_shards('rows of an sft micro-batch', micro, shards)
 
 
+def rehearse(
+  recipe: Recipe,
+  environment: Environment,
+  model: Model,
+  algorithm: Algorithm,
+  *,
+  max_length: int | None,
+) -> None:
+  """Trace a step of each kind on shapes alone: nothing is compiled or run.
+
+  What one part asks of another, a loss of arrays that nobody makes, is so
+  known before any compilation.
+
+  Raises:
+    ValueError: parts that do not fit together, or sequences longer than the
+      ``max_length`` positions of the model.
+  """
+  longest = {}
+  if recipe.rl.num_iterations or recipe.evaluation.every:
+    length = environment.prompt_length + recipe.sampling.max_new_tokens
+    longest['a prompt with sampling.max_new_tokens'] = length
+  if recipe.sft.num_steps:
+    longest['a demonstration'] = environment.demonstration_length
+  for name, length in longest.items():
+    if max_length is not None and length > max_length:
+      raise ValueError(
+        f'{name} has up to {length} tokens, the model {max_length} positions:'
+        ' shorten prompts or completions, or raise its max_length'
+      )
+  seed = jax.ShapeDtypeStruct((), jnp.uint32)
+  if recipe.rl.num_iterations:
+    jax.eval_shape(
+      functools.partial(_iteration, recipe, environment, model, algorithm),
+      seed,
+    )
+
+
+def _iteration(
+  recipe: Recipe, environment: Environment, model: Model,
+  algorithm: Algorithm, seed: Any,
+) -> Any:  # fmt: skip
+  """One rollout and its first update, on whatever prompts."""
+  key = jax.random.key(seed)
+  params = {'actor': model.init(key)}
+  reference = params['actor'] if algorithm.uses_reference else None
+  shape = (recipe.rl.num_prompts, environment.prompt_length)
+  prompts, mask = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
+  samples = algorithm.sample(
+    params, prompts, mask, key, jnp.arange(len(prompts))
+  )
+  num_samples = recipe.sampling.num_samples
+  if environment.device_task is not None:
+    repeated = jnp.repeat(prompts, num_samples, axis=0)
+    for reward in environment.device_task.rewards.values():
+      reward(repeated, samples.tokens, samples.mask)
+  rewards = jnp.zeros((len(prompts), num_samples))
+  batch, *_ = algorithm.prepare(
+    params, reference, prompts, mask, samples, rewards
+  )
+  state = TrainState(
+    jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
+  )
+  rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
+  return algorithm.update(state, batch, rows)
+
+
 def _check_groups(recipe: Recipe) -> None:
   group = recipe.sampling.num_samples
-  compares = (
-    'singleton'
-    in inspect.signature(
-      getattr(advantages, recipe.advantage['name'])
-    ).parameters
-  )
+  advantage = bind(advantages, recipe.advantage).func
+  compares = 'singleton' in inspect.signature(advantage).parameters
   if group == 1 and compares and 'singleton' not in recipe.advantage:
     raise ValueError(
       f'sampling.num_samples=1 with advantage {recipe.advantage["name"]!r}: a'

@@ -31,7 +31,7 @@ from postrain.types import (
 
 
 def run(
-  config: Mapping[str, Any],
+  config: Any,
   *,
   seeds: Int[Array, ' N'],
   hyperparameters: Mapping[str, Float[Array, ' N']] | None = None,
@@ -92,7 +92,7 @@ def _check(
 
 def _override(config: dict[str, Any], values: dict[str, Array]) -> dict:
   """Put values at their paths; a path that does not exist is an error."""
-  for path, value in values.items():
+  for path, number in values.items():
     *blocks, field = path.split('.')
     config = dict(config)
     inner = config
@@ -105,7 +105,7 @@ def _override(config: dict[str, Any], values: dict[str, Array]) -> dict:
         f'hyperparameter {path!r}: config has no such field; there are:'
         f' {", ".join(inner)}'
       )
-    inner[field] = value
+    inner[field] = number
   return config
 
 
@@ -126,7 +126,9 @@ def _loop(config: dict[str, Any], seed: Array) -> Any:
   )
 
   def iterate(state: TrainState, iteration: Array) -> Any:
-    return _iterate(recipe, algorithm, environment, task, seed, state, iteration)
+    return _iterate(
+      recipe, algorithm, environment, task, seed, state, iteration
+    )
 
   iterations = jnp.arange(recipe.rl.num_iterations)
   state, figures = jax.lax.scan(iterate, state, iterations)

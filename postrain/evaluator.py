@@ -46,10 +46,10 @@ def make_evaluator(
       min_p=recipe.sampling.min_p,
     )
   )
-  key = run_key(recipe.seed, 'evaluation')
 
   def rewards(sampler: Any, params: Params) -> dict[str, np.ndarray]:
     prompts = environment.held_out(choices.num_prompts)
+    key = run_key(recipe.seed, 'evaluation')
     parts = []
     for start in range(0, choices.num_prompts, choices.batch_size):
       ids = np.arange(start, start + choices.batch_size) % choices.num_prompts

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import Any
@@ -92,7 +93,7 @@ def weight_files(root: pathlib.Path) -> list[pathlib.Path]:
   if not isinstance(names, dict) or not names:
     raise ValueError(f'{root / INDEX} has no weight_map: copy it again')
   for name in names.values():
-    if not isinstance(name, str) or not _is_plain_name(name):
+    if not re.fullmatch(r'[\w.+-]+\.safetensors', str(name)):
       raise ValueError(
         f'{root / INDEX} names {name!r}: only *.safetensors beside the index'
         ' are read'
@@ -101,10 +102,6 @@ def weight_files(root: pathlib.Path) -> list[pathlib.Path]:
   if absent := [path.name for path in files if not path.is_file()]:
     raise ValueError(f'{root} lacks {", ".join(absent)}: copy them again')
   return files
-
-
-def _is_plain_name(name: str) -> bool:
-  return name.endswith('.safetensors') and not set(name) & set('/\\:\0')
 
 
 def _sources(files: list[pathlib.Path]) -> dict[str, Any]:
@@ -138,18 +135,21 @@ def _read_params(root: pathlib.Path, config: Config) -> Params:
       f' {len(unexpected)} unexpected ({", ".join(unexpected[:8])}): its files'
       ' are incomplete, or config.json describes another model'
     )
-  params: dict[str, Any] = {}
+  leaves = {
+    path: np.empty(shape, config.param_dtype)
+    for path, shape in families.param_shapes(config).items()
+  }
   for name, place in places.items():
     value = _checked(name, sources[name].get_tensor(name), place.shape)
-    _place(params, place, value, config)
+    place.restore(value.astype(config.param_dtype), leaves)
   if tied:
     head = sources['lm_head.weight'].get_tensor('lm_head.weight')
-    if not np.array_equal(head.astype(config.dtype), params['embedding']):
+    if not np.array_equal(head.astype(config.dtype), leaves['embedding',]):
       raise ValueError(
         f'{root}: lm_head.weight differs from the embedding although'
         ' tie_word_embeddings is true: set it to false in config.json'
       )
-  return params
+  return traverse_util.unflatten_dict(leaves)
 
 
 def _checked(
@@ -165,26 +165,6 @@ def _checked(
       f'{name} holds NaN or infinity: use weights that are finite'
     )
   return value
-
-
-def _place(
-  params: dict[str, Any],
-  place: families.Tensor,
-  value: np.ndarray,
-  config: Config,
-) -> None:
-  """Undo the file's layout and write into the (stacked) parameter."""
-  value = place.restored(value).astype(config.param_dtype)
-  *groups, leaf = place.path
-  for group in groups:
-    params = params.setdefault(group, {})
-  if place.layer is None:
-    params[leaf] = value
-    return
-  if leaf not in params:
-    shape = (config.num_layers, *value.shape)
-    params[leaf] = np.empty(shape, value.dtype)
-  params[leaf][place.layer] = value
 
 
 def save(
@@ -271,7 +251,10 @@ def _write_weights(
       },
     })  # fmt: skip
   for file, shard in zip(files, shards, strict=True):
-    tensors = {name: _stored(name, places[name], leaves) for name in shard}
+    tensors = {
+      name: _checked(name, places[name].stored(leaves), places[name].shape)
+      for name in shard
+    }
     save_file(tensors, root / file, metadata={'format': 'pt'})
 
 
@@ -288,37 +271,23 @@ def _shards(size: Mapping[str, int], max_bytes: int) -> list[list[str]]:
   return shards
 
 
-def _stored(
-  name: str, place: families.Tensor, leaves: dict[tuple[str, ...], Any]
-) -> np.ndarray:
-  leaf = leaves[place.path]
-  layer = leaf if place.layer is None else leaf[place.layer]
-  return _checked(name, place.stored(np.asarray(layer)), place.shape)
-
-
 def _leaves(config: Config, params: Params) -> dict[tuple[str, ...], Any]:
   """The parameters by path, if they are those of the configuration."""
   leaves = traverse_util.flatten_dict(params)
-  shapes = {
-    place.path: place.param_shape
-    if place.layer is None
-    else (config.num_layers, *place.param_shape)
-    for place in families.tensors(config).values()
-  }
   found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-  for path in sorted(shapes.keys() | found.keys()):
-    if shapes.get(path) != found.get(path):
-      raise ValueError(
-        f'{".".join(path)} has shape {found.get(path)} in params,'
-        f' {shapes.get(path)} by config: give the parameters of this config'
-      )
+  wrong = found.items() ^ families.param_shapes(config).items()
+  if wrong:
+    raise ValueError(
+      f'params and config differ in {", ".join(sorted(map(str, wrong)))}:'
+      ' give the parameters of this config'
+    )
   return leaves
 
 
 def _write_tokenizer(root: pathlib.Path, tokenizer: Any) -> None:
   if tokenizer is None:
     return
-  if not isinstance(tokenizer, str | os.PathLike):
+  if hasattr(tokenizer, 'save_pretrained'):
     tokenizer.save_pretrained(root)
     return
   files = {f for p in TOKENIZER_FILES for f in pathlib.Path(tokenizer).glob(p)}

@@ -5,7 +5,7 @@ import importlib
 import json
 import os
 import types
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from postrain.console import Console, StepTimer
 
@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Writer(Protocol):
   """Takes the figures of each step; `JsonLines` and `Console` do, too."""
 

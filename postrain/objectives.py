@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from postrain.batches import call_by_name
+from postrain.dtypes import promoted
 from postrain.logprobs import token_entropy, token_logprobs
 from postrain.scoring import hidden_states, map_logits
 from postrain.types import (
@@ -28,12 +29,8 @@ from postrain.types import (
 
 def masked_mean(values: Array, mask: Array) -> Mean:
   """Mean over the mask, in the making."""
-  return Mean(
-    jnp.where(mask, values, 0).sum(dtype=jnp.promote_types(
-      values.dtype, jnp.float32
-    )),
-    mask.sum(dtype=jnp.float32),
-  )  # fmt: skip
+  (values,) = promoted(values)
+  return Mean(jnp.where(mask, values, 0).sum(), mask.sum(dtype=jnp.float32))
 
 
 def policy_gradient(
@@ -70,7 +67,11 @@ def policy_gradient(
   Returns:
     objective(params, frozen, batch) -> (scalar, metrics).
   """
-  with_entropy = entropy_coef is not None
+  if value_coef is not None and (critic is None or value_loss is None):
+    raise ValueError(
+      f'value_coef={value_coef} needs a critic and a value_loss: give both, or'
+      ' value_coef=None'
+    )
 
   def objective(
     params: dict[str, Params], frozen: dict[str, Params], batch: Batch
@@ -78,7 +79,12 @@ def policy_gradient(
     del frozen
     mask, weights = batch.mask, batch.weights
     logprobs, entropy = _policy_figures(
-      model, params['actor'], batch, temperature, chunk_size, with_entropy
+      model,
+      params['actor'],
+      batch,
+      temperature,
+      chunk_size,
+      entropy_coef is not None,
     )
     arrays = {**batch.arrays, 'mask': mask, 'logprobs': logprobs}
     values, figures = call_by_name(loss, arrays)
@@ -88,14 +94,14 @@ def policy_gradient(
     metrics['policy/entropy'] = masked_mean(
       jax.lax.stop_gradient(entropy), mask
     )
-    if with_entropy:
+    if entropy_coef is not None:
       bonus = jnp.sum(weights['entropy'] * jnp.where(mask, entropy, 0))
       total -= entropy_coef * bonus
     if kl is not None and kl_coef is not None:
       divergence = jnp.where(mask, call_by_name(kl, arrays), 0)
       total += kl_coef * jnp.sum(weights['kl'] * divergence)
       metrics['policy/kl_loss'] = masked_mean(divergence, mask)
-    if value_loss is not None and value_coef is not None:
+    if value_coef is not None:
       term, value_metrics = _value_term(
         critic, params['critic'], batch, value_loss, chunk_size
       )
@@ -192,7 +198,7 @@ def _policy_figures(
 
 
 def _value_term(
-  critic: Model, params: Params, batch: Batch, value_loss: Callable,
+  critic: Any, params: Params, batch: Batch, value_loss: Any,
   chunk_size: int,
 ) -> tuple[Array, Metrics]:  # fmt: skip
   hidden = hidden_states(

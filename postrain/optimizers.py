@@ -99,6 +99,7 @@ def learning_rate_schedule(
 
 def _decays(params: Any) -> Any:
   def matrix(path: Any, _: Any) -> bool:
-    return path[-1].key not in ('scale', 'bias')
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return not name.endswith(('norm', 'scale', 'bias'))
 
   return jax.tree_util.tree_map_with_path(matrix, params)

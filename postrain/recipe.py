@@ -151,7 +151,7 @@ class Recipe:
     return self.sft.num_steps + self.rl.num_iterations
 
 
-def make_recipe(config: Mapping[str, Any]) -> Recipe:
+def make_recipe(config: Any) -> Recipe:
   """Check a config against the schema and make its recipe.
 
   Raises:
@@ -193,6 +193,11 @@ def _check_ranges(recipe: Recipe) -> None:
       f'evaluation.grader={recipe.evaluation.grader!r} is none of the rewards:'
       f' {", ".join(recipe.rewards)}'
     )
+  _check_evaluation(recipe.evaluation)
+  if not 0 <= recipe.reference.decay <= 1:
+    raise ValueError(
+      f'reference.decay={recipe.reference.decay}: it must be in [0, 1]'
+    )
   rows = rl.num_prompts * sampling.num_samples
   _check_divides('rl.num_minibatches', rl.num_minibatches, rows)
   _check_divides(
@@ -203,21 +208,44 @@ def _check_ranges(recipe: Recipe) -> None:
     _check_divides(
       'sft.num_micro_batches', sft.num_micro_batches, sft.batch_size
     )
-  if not isinstance(sampling.temperature, int | float):
-    return
-  if sampling.temperature <= 0:
+  if _is_number(sampling.temperature) and sampling.temperature <= 0:
     raise ValueError(
       f'sampling.temperature={sampling.temperature}: it must be positive'
       ' (evaluation is greedy by itself)'
     )
   for field, value in (('top_p', sampling.top_p), ('min_p', sampling.min_p)):
-    if value is not None and not 0 < value <= 1:
+    if _is_number(value) and not 0 < value <= 1:
       raise ValueError(f'sampling.{field}={value}: it must be in (0, 1]')
   if sampling.top_k is not None and sampling.top_k < 1:
     raise ValueError(f'sampling.top_k={sampling.top_k}: it must be at least 1')
 
 
+def _is_number(value: Any) -> bool:
+  """Whether it can be checked: None and traced values cannot."""
+  return isinstance(value, int | float)
+
+
+def _check_evaluation(choices: Evaluation) -> None:
+  if not choices.num_samples:
+    return
+  for k in choices.ks:
+    if not isinstance(k, int) or not 1 <= k <= choices.num_samples:
+      raise ValueError(
+        f'evaluation.ks has {k!r}: pass@k needs k in [1,'
+        f' evaluation.num_samples={choices.num_samples}]'
+      )
+
+
 def _check_positive(recipe: Recipe) -> None:
+  """Hold counts against their least values."""
+  if _is_number(recipe.seed) and recipe.seed < 0:
+    raise ValueError(f'seed={recipe.seed}: it must be at least 0')
+  zero_is_fine = {
+    'sft': ('num_steps',),
+    'rl': ('num_iterations',),
+    'evaluation': ('every', 'num_samples'),
+    'logging': ('table_every',),
+  }
   wanted = {
     'sampling': ('num_samples', 'max_new_tokens'),
     'rl': (
@@ -231,11 +259,20 @@ def _check_positive(recipe: Recipe) -> None:
     'evaluation': ('num_prompts', 'batch_size'),
     'mesh': ('data', 'fsdp', 'tensor'),
   }  # fmt: skip
-  for block, fields in wanted.items():
-    for field in fields:
-      value = getattr(getattr(recipe, block), field)
-      if value < 1:
-        raise ValueError(f'{block}.{field}={value}: it must be at least 1')
+  for least, blocks in ((0, zero_is_fine), (1, wanted)):
+    for block, fields in blocks.items():
+      for field in fields:
+        value = getattr(getattr(recipe, block), field)
+        if value < least:
+          raise ValueError(
+            f'{block}.{field}={value}: it must be at least {least}'
+          )
+  for field, value in (
+    ('chunk_size', recipe.chunk_size),
+    ('sft.num_examples', recipe.sft.num_examples),
+  ):
+    if value is not None and value < 1:
+      raise ValueError(f'{field}={value}: it must be at least 1')
   if recipe.num_steps < 1:
     raise ValueError('sft.num_steps + rl.num_iterations = 0: nothing to run')
 

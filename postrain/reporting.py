@@ -9,8 +9,8 @@ import numpy as np
 
 from postrain import metrics
 from postrain.types import Prompts, Samples
+from postrain.workdir import FILES, die_at
 
-FILES = ('metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
 HEADLINE = (
   'loss',
   'eval/greedy',
@@ -79,6 +79,7 @@ class Report(contextlib.ExitStack):
     timings = self.timer.finish(num_tokens)
     if samples:
       self._samples.append(*({'step': step, **row} for row in samples))
+    die_at('between_files', step)
     self._metrics.write(step, figures)
     self._timings.write(step, timings)
     self._console.write(step, {**figures, **timings})

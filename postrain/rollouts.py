@@ -1,7 +1,8 @@
-"""Rollouts on the host: weighted rewards, and which groups make an iteration."""
+"""Rollouts on the host: summed rewards, and the groups of an iteration."""
 
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -57,9 +58,8 @@ def select_groups(
     [e for p, *_ in parts for e in p.examples],
   )
   prompts = prompts._replace(examples=[prompts.examples[g] for g in groups])
-  columns = zip(*(samples for _, samples, _ in parts), strict=True)
-  samples = Samples(
-    *(None if c[0] is None else np.concatenate(c)[rows] for c in columns)
+  samples = jax.tree.map(
+    lambda *x: np.concatenate(x)[rows], *(samples for _, samples, _ in parts)
   )
   rewards = {
     label: np.concatenate([r[label] for *_, r in parts])[rows]

@@ -104,7 +104,7 @@ def score(
     chunk_size: time positions whose logits exist at once.
     num_slices: slices of the batch that run one after the other; it must
       divide B.
-    packing: layout made for the same ``num_slices``.
+    packing: layout made for the same ``num_slices`` and units of one row.
   """
 
   def score_slice(piece: tuple) -> Scores:
@@ -134,4 +134,10 @@ def in_slices(fn: Callable[[Any], Any], tree: Any, num_slices: int) -> Any:
   """Map over strided slices of the leading axis, one after the other."""
   if num_slices == 1:
     return fn(tree)
-  return join(jax.lax.map(fn, cut(tree, num_slices)))
+  leaves, structure = jax.tree.flatten(tree)
+  return join(
+    jax.lax.map(
+      lambda piece: fn(jax.tree.unflatten(structure, piece)),
+      cut(leaves, num_slices),
+    )
+  )

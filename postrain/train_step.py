@@ -1,13 +1,15 @@
 """One optimiser step: accumulate over micro-batches, then update."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from postrain.batches import cut
+from postrain.batches import cut_batch
+from postrain.dtypes import promoted
 from postrain.types import (
   Batch,
   Max,
@@ -59,8 +61,8 @@ def make_train_step(
       'gradient_norm': Mean(norm, jnp.float32(1)),
       'skipped': Sum(1 - finite.astype(jnp.float32)),
     }
-    state = state.replace(
-      step=state.step + 1, params=params, opt_state=opt_state
+    state = dataclasses.replace(
+      state, step=state.step + 1, params=params, opt_state=opt_state
     )
     return state, metrics
 
@@ -79,18 +81,15 @@ def accumulate(
   if num_micro_batches == 1:
     return grad(params, frozen, batch)
 
-  def add(total: Any, micro: Batch) -> tuple[Any, Metrics]:
+  structure = jax.tree.structure(batch)
+
+  def add(total: Any, leaves: list) -> tuple[Any, Metrics]:
+    micro = jax.tree.unflatten(structure, leaves)
     gradient, metrics = grad(params, frozen, micro)
     return jax.tree.map(jnp.add, total, _widen(gradient)), metrics
 
   zeros = jax.tree.map(jnp.zeros_like, _widen(params))
-  packing = cut(batch.packing, num_micro_batches)
-  if packing is not None:
-    slot = cut(batch.packing.slot, num_micro_batches, batch.unit_size)
-    packing = packing.replace(slot=slot)
-  micros = cut(
-    batch.replace(packing=None), num_micro_batches, batch.unit_size
-  ).replace(packing=packing)
+  micros = cut_batch(batch, num_micro_batches)
   gradient, stacked = jax.lax.scan(add, zeros, micros)
   return gradient, merge(stacked)
 
@@ -108,7 +107,8 @@ def merge(stacked: Metrics) -> Metrics:
 def value(figure: Mean | Sum | Max) -> jax.Array:
   """Turn a typed figure into its number; a mean of nothing is 0."""
   if isinstance(figure, Mean):
-    return figure.total / jnp.where(figure.count == 0, 1, figure.count)
+    total, count = promoted(*figure)
+    return total / jnp.where(count == 0, 1, count)
   return figure[0]
 
 
@@ -125,6 +125,4 @@ def _per_step(figure: Any) -> Any:
 
 
 def _widen(tree: Any) -> Any:
-  return jax.tree.map(
-    lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
-  )
+  return jax.tree.map(lambda x: promoted(x)[0], tree)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import contextlib
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -15,20 +16,25 @@ from postrain.algorithm import make_algorithm
 from postrain.batches import minibatch_rows
 from postrain.binding import bind
 from postrain.checkpoints import Checkpoints
-from postrain.checks import check_assembly, check_completions, check_rewards
+from postrain.checks import (
+  check_assembly,
+  check_completions,
+  check_rewards,
+  rehearse,
+)
 from postrain.evaluator import make_evaluator
 from postrain.keys import minibatch_key, run_key
 from postrain.recipe import make_recipe, plain
 from postrain.reporting import (
   CURVES,
-  FILES,
   Report,
   rollout_figures,
   sample_rows,
 )
 from postrain.rollouts import informative_rows, select_groups, weighted_sum
+from postrain.states import States
 from postrain.train_step import finish, merge
-from postrain.types import Params, Prompts, Samples, TrainState
+from postrain.types import Prompts, Samples, TrainState
 
 
 class Trainer:
@@ -50,7 +56,7 @@ class Trainer:
 
   def __init__(
     self,
-    config: Mapping[str, Any],
+    config: Any,
     directory: str,
     overrides: Mapping[str, Any] | None = None,
   ):
@@ -69,6 +75,11 @@ class Trainer:
       stop_ids=self.environment.stop_ids,
     )
     check_assembly(recipe, self.environment, self.actor.model)
+    rehearse(
+      recipe, self.environment, self.actor.model, self.algorithm,
+      max_length=self.actor.max_length,
+    )  # fmt: skip
+    self._states = States(recipe, self.actor, self.algorithm, self.mesh)
     workdir.claim(directory, self.config, overrides)
     self._jit_functions()
 
@@ -88,25 +99,39 @@ class Trainer:
     return os.path.join(self.directory, *names)
 
   def run(self) -> TrainState:
-    """Run to the end, or from where an earlier process was stopped."""
-    recipe = self.recipe
+    """Run to the end, or from where an earlier process was stopped.
+
+    Raises:
+      ValueError: what only a first step can tell (a reward that fails, a limit
+        that truncates every completion); it leaves no directory behind.
+    """
     checkpoints = Checkpoints(
-      self.path('checkpoints'), keep=recipe.checkpoint.keep
+      self.path('checkpoints'), keep=self.recipe.checkpoint.keep
     )
-    with contextlib.closing(checkpoints), sharding.on(self.mesh):
-      state, start = self._restore(checkpoints)
-      if os.path.exists(self.path('finished.json')):
-        print(f'{self.directory}: this run is finished ({start} steps)')
-        return state
-      if start:
-        print(f'{self.directory}: continuing at step {start}')
-      with self._report(start) as report:
-        for step in range(start, recipe.num_steps):
-          state = self._step(state, step, report)
-          done = step + 1
-          if done % recipe.checkpoint.every == 0 or done == recipe.num_steps:
-            checkpoints.save(done, state)
-        self._finish(state, report)
+    try:
+      with contextlib.closing(checkpoints), sharding.on(self.mesh):
+        return self._continue(checkpoints)
+    except ValueError:
+      workdir.release(self.directory)
+      raise
+
+  def _continue(self, checkpoints: Checkpoints) -> TrainState:
+    recipe = self.recipe
+    state, start = self._restore(checkpoints)
+    if os.path.exists(self.path('finished.json')):
+      print(f'{self.directory}: this run is finished ({start} steps)')
+      return state
+    if start:
+      print(f'{self.directory}: continuing at step {start}')
+    with self._report(start) as report:
+      for step in range(start, recipe.num_steps):
+        state = self._step(state, step, report)
+        done = step + 1
+        if done % recipe.checkpoint.every == 0 or done == recipe.num_steps:
+          workdir.die_at('before_checkpoint', done)
+          checkpoints.save(done, state)
+          workdir.die_at('after_checkpoint', done)
+      self._finish(state, report)
     return state
 
   def _report(self, start: int) -> Report:
@@ -118,87 +143,19 @@ class Trainer:
       config=self.config,
     )
 
-  # State.
-
   def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     """The newest checkpoint's state, or a fresh one."""
     step = checkpoints.latest()
     if step is None:
-      return self._fresh_state(), 0
-    return checkpoints.restore(step, self._abstract_state(step)), step
-
-  def _fresh_state(self) -> TrainState:
-    params = {
-      'actor': self.actor.init(
-        run_key(self.recipe.seed, 'init'),
-        sharding.param_shardings(self.mesh, self.actor.model),
-      )
-    }
-    if not self.recipe.sft.num_steps:
-      return self._begin_reinforcement(params)
-    return self._state(params, self.algorithm.sft_optimizer, None, 0)
-
-  def _begin_reinforcement(self, params: dict[str, Params]) -> TrainState:
-    """A new optimiser, and the policy of this moment as the reference."""
-    reference = None
-    if self.algorithm.uses_reference:
-      reference = jax.tree.map(jnp.copy, params['actor'])
-    return self._state(
-      params,
-      self.algorithm.rl_optimizer,
-      reference,
-      self.recipe.sft.num_steps,
-    )
-
-  def _state(
-    self, params: Any, optimizer: Any, reference: Params | None, step: int
-  ) -> TrainState:
-    shardings = {'actor': sharding.param_shardings(self.mesh, self.actor.model)}
-    init = jax.jit(
-      optimizer.init,
-      out_shardings=sharding.opt_state_shardings(
-        self.mesh, optimizer, params, shardings
-      ),
-    )
-    return TrainState(
-      step=jax.device_put(jnp.int32(step), sharding.replicated(self.mesh)),
-      params=params,
-      opt_state=init(params),
-      ref_params=reference,
-    )
-
-  def _abstract_state(self, step: int) -> TrainState:
-    """Shapes, dtypes and shardings of the state after ``step`` steps."""
-    shardings = sharding.param_shardings(self.mesh, self.actor.model)
-    shapes = jax.eval_shape(self.actor.model.init, jax.random.key(0))
-    params = {'actor': sharding.abstract(shapes, shardings)}
-    supervised = 0 < step <= self.recipe.sft.num_steps
-    optimizer = (
-      self.algorithm.sft_optimizer
-      if supervised
-      else self.algorithm.rl_optimizer
-    )
-    opt_shardings = sharding.opt_state_shardings(
-      self.mesh, optimizer, params, {'actor': shardings}
-    )
-    keeps = self.algorithm.uses_reference and not supervised
-    return TrainState(
-      step=jax.ShapeDtypeStruct(
-        (), jnp.int32, sharding=sharding.replicated(self.mesh)
-      ),
-      params=params,
-      opt_state=sharding.abstract(
-        jax.eval_shape(optimizer.init, params), opt_shardings
-      ),
-      ref_params=params['actor'] if keeps else None,
-    )
+      return self._states.fresh(), 0
+    return checkpoints.restore(step, self._states.abstract(step)), step
 
   # Steps.
 
   def _step(self, state: TrainState, step: int, report: Report) -> TrainState:
     recipe, figures = self.recipe, {}
     if step == recipe.sft.num_steps and step:
-      state = self._begin_reinforcement(state.params)
+      state = self._states.begin_reinforcement(state.params)
     every = recipe.evaluation.every
     if every and (step % every == 0 or step == recipe.sft.num_steps):
       figures = self._evaluate(state, report)
@@ -270,6 +227,7 @@ class Trainer:
           jnp.arange(recipe.rl.num_prompts),
         )
         samples = jax.device_get(samples)
+      workdir.die_at('in_rollout', recipe.sft.num_steps + iteration)
       check_completions(samples, self.environment, first=number == 0)
       with timer.span('reward'):
         rewards = self.environment.rewards(prompts, samples)
@@ -302,7 +260,7 @@ class Trainer:
       reference = self._move_reference(
         state.ref_params, state.params['actor'], iteration
       )
-      state = state.replace(ref_params=reference)
+      state = dataclasses.replace(state, ref_params=reference)
     stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(typed))
     return state, finish(merge(stacked))
 
@@ -317,7 +275,9 @@ class Trainer:
     step = self.recipe.num_steps
     if self.recipe.evaluation.every:
       report.write(step, self._evaluate(state, report))
+    workdir.die_at('before_export', step)
     if self.recipe.checkpoint.export and self.actor.export is not None:
       self.actor.export(self.path('export'), state.params['actor'])
-    metrics.curves(self.path(FILES[0]), self.path('curves.png'), CURVES)
+    workdir.die_at('after_export', step)
+    metrics.curves(self.path(workdir.FILES[0]), self.path('curves.png'), CURVES)
     workdir.write_json(self.path('finished.json'), {'steps': step})

@@ -1,13 +1,16 @@
 """A run's directory: who it belongs to and what stands in it."""
 
 from collections.abc import Mapping
+import contextlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import Any
 
+FILES = ('metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -25,8 +28,7 @@ def claim(
   path = os.path.join(directory, 'config.json')
   config = json.loads(json.dumps(config))
   if os.path.exists(path):
-    with open(path) as f:
-      differing = differences(json.load(f)['config'], config)
+    differing = differences(_claimed(path), config)
     if differing:
       raise ValueError(
         f'{directory} holds a run of another config:'
@@ -53,6 +55,42 @@ def claim(
       'commit': commit(),
     }
     write_json(path, record)
+
+
+def _claimed(path: str) -> Any:
+  """The config that a directory belongs to."""
+  with open(path) as f:
+    try:
+      return json.load(f)['config']
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(
+        f'{path} was not written by a run: take another --workdir'
+      ) from error
+
+
+def release(directory: str) -> None:
+  """Undo `claim` where no step was completed: nothing half-made stays."""
+  rows = os.path.join(directory, FILES[0])
+  checkpoints = os.path.join(directory, 'checkpoints')
+  begun = os.path.exists(rows) and os.path.getsize(rows) > 0
+  if begun or (os.path.isdir(checkpoints) and os.listdir(checkpoints)):
+    return
+  for name in (*FILES, 'config.json'):
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(os.path.join(directory, name))
+  for path in (checkpoints, directory):
+    with contextlib.suppress(OSError):  # not there, or of others, too
+      os.rmdir(path)
+
+
+def die_at(point: str, step: int) -> None:
+  """End this process if ``POSTRAIN_FAULT=point:step`` asks for it.
+
+  By SIGKILL, so that nothing is flushed or tidied up: resuming is tested by
+  runs that die inside a rollout or inside the write of a checkpoint.
+  """
+  if os.environ.get('POSTRAIN_FAULT') == f'{point}:{step}':
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def differences(

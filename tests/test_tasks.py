@@ -49,14 +49,15 @@ def forward(model, params, tokens):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logprobs_from_cache(model, params, prompts, completions):
-  """Prefill the prompts, then feed the completions of each one by one."""
+  """Prefill the left-padded prompts, then feed the completions one by one."""
   (num_prompts, slots), (rows, length) = prompts.shape, completions.shape
+  columns = jnp.broadcast_to(jnp.arange(-1, slots), (num_prompts, slots + 1))
   hidden, prefix = model.hidden(
     params,
-    prompts,
-    positions=jnp.broadcast_to(jnp.arange(slots), prompts.shape),
-    segment_ids=jnp.ones_like(prompts),
-    cache=model.empty_cache(num_prompts, slots),
+    jnp.pad(prompts, ((0, 0), (1, 0)), constant_values=1),
+    positions=jnp.maximum(columns, 0),
+    segment_ids=(columns >= 0).astype(jnp.int32),
+    cache=model.empty_cache(num_prompts, slots + 1),
   )
   out = [jnp.repeat(hidden[:, -1], rows // num_prompts, axis=0)]
   cache = model.empty_cache(rows, length - 1, prefix)
@@ -462,26 +463,22 @@ class TestContractOfPolicies:
     tokens = jnp.concatenate([prompts, completions[:4]], 1)
     width = tokens.shape[1]
     alone = forward(model, params, tokens)
-    # Two sequences a row, with padding around them.
-    pad = jnp.full((2, 1), 2, tokens.dtype)
-    packed = jnp.concatenate([pad, tokens[:2], pad, tokens[2:], pad], 1)
-    order = jnp.concatenate(
-      [jnp.full(1, 0), jnp.arange(width), jnp.full(1, 0), jnp.arange(width)]
-    )
-    order = jnp.append(order, 0)
-    segments = jnp.array([0] + [1] * width + [0] + [2] * width + [0])
+    # Two sequences a row; padding around them and inside of them.
+    gaps = [0, slots, width, width + slots, 2 * width]
+    columns = jnp.insert(jnp.arange(2 * width), jnp.array(gaps), -1)
+    rows = jnp.concatenate([tokens[:2], tokens[2:]], 1)
+    packed = jnp.where(columns[None] < 0, 1, rows[:, columns])
     hidden, cache = model.hidden(
       params,
       packed,
-      positions=jnp.broadcast_to(order, packed.shape),
-      segment_ids=jnp.broadcast_to(segments, packed.shape),
+      positions=jnp.broadcast_to(columns % width, packed.shape),
+      segment_ids=jnp.broadcast_to(columns // width + 1, packed.shape),
     )
     assert cache is None
-    out = jax.nn.log_softmax(model.unembed(params, hidden))
-    first, second = out[:, 1 : 1 + width], out[:, 2 + width : -1]
+    out = jax.nn.log_softmax(model.unembed(params, hidden))[:, columns >= 0]
+    apart = jnp.concatenate([out[:, :width], out[:, width:]], 0)
     live = slice(slots - 1, width - 1)
-    np.testing.assert_allclose(first[:, live], alone[:2, live], atol=1e-6)
-    np.testing.assert_allclose(second[:, live], alone[2:, live], atol=1e-6)
+    np.testing.assert_allclose(apart[:, live], alone[:, live], atol=1e-6)
 
   def test_hidden_states_do_not_see_the_future(
     self, model, params, slots, vocab_size, sequences

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ class Environment:
     vocab_size: ids that tokens may take.
     pad_id: fills unused slots.
     stop_ids: end a completion.
+    prompt_length: tokens of the longest prompt.
+    demonstration_length: tokens of the longest demonstration and its prompt.
     prompts: (iteration, num_prompts) -> Prompts; a pure function.
     held_out: (num_prompts) -> Prompts, the same at every call.
     demonstrations: (step, batch_size, num_examples) -> (tokens, valid, mask)
-      for supervised training.
+      for supervised training; None where there are none.
     rewards: (prompts, samples) -> {label: [B]} in the order of the config.
     weights: label -> weight in the sum that trains.
     text: token ids -> text.
@@ -31,9 +34,11 @@ class Environment:
   vocab_size: int
   pad_id: int
   stop_ids: tuple[int, ...]
+  prompt_length: int
+  demonstration_length: int
   prompts: Callable[[int, int], Prompts]
   held_out: Callable[[int], Prompts]
-  demonstrations: Callable[[int, int, int | None], tuple]
+  demonstrations: Callable[[int, int, int | None], tuple] | None
   rewards: Callable[[Prompts, Samples], dict[str, np.ndarray]]
   weights: dict[str, float]
   text: Callable[[Any], str]
@@ -42,10 +47,20 @@ class Environment:
 
 
 def reward_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
-  weights = {label: block.get('weight') for label, block in rewards.items()}
-  for label, weight in weights.items():
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-      raise ValueError(f'rewards.{label}: weight={weight!r} is not a number')
+  """The weight of each reward in the sum that trains.
+
+  Raises:
+    ValueError: one is missing or no finite number, or all are 0.
+  """
+  weights: dict[str, float] = {}
+  for label, block in rewards.items():
+    weight = block.get('weight') if isinstance(block, Mapping) else None
+    real = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (real and math.isfinite(weight)):
+      raise ValueError(
+        f'rewards.{label}={block!r}: it needs a finite number as its weight'
+      )
+    weights[label] = float(weight)
   if not any(weights.values()):
     raise ValueError('rewards: at least one needs a weight that is not 0')
-  return {label: float(weight) for label, weight in weights.items()}
+  return weights

@@ -28,6 +28,7 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
   draw = jax.jit(
     functools.partial(_draw, chosen), static_argnames=('held_out',)
   )
+  weights = reward_weights(rewards)
   _check_rewards(chosen, rewards)
 
   def prompts(key: Any, prompt_ids: np.ndarray, held_out: bool) -> Prompts:
@@ -37,10 +38,6 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
   def demonstrations(
     step: int, batch_size: int, num_examples: int | None
   ) -> tuple:
-    if chosen.solution is None:
-      raise ValueError(
-        f'task {task["name"]!r} has no demonstrations: set sft.num_steps=0'
-      )
     ids = np.arange(batch_size) + step * batch_size
     if num_examples is not None:
       ids = np.random.default_rng([seed, step]).integers(
@@ -58,20 +55,22 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
     vocab_size=chosen.vocab_size,
     pad_id=chosen.pad_id,
     stop_ids=chosen.stop_ids,
+    prompt_length=chosen.prompt_length,
+    demonstration_length=chosen.prompt_length + chosen.completion_length,
     prompts=lambda iteration, num: prompts(
       run_key(seed, 'prompts', iteration), np.arange(num), False
     ),
     held_out=lambda num: prompts(
       run_key(seed, 'held_out'), np.arange(num), True
     ),
-    demonstrations=demonstrations,
+    demonstrations=None if chosen.solution is None else demonstrations,
     rewards=lambda drawn, samples: {
       label: np.asarray(values)
       for label, values in grade(
         drawn.tokens, samples.tokens, samples.mask
       ).items()
     },
-    weights=reward_weights(rewards),
+    weights=weights,
     text=chosen.render,
     device_task=chosen,
   )

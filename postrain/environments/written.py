@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from postrain import data, rewards as reward_functions, tokenizers
+from postrain import data, tokenizers
+from postrain import rewards as reward_functions
 from postrain.binding import bind
 from postrain.environments.record import Environment, reward_weights
 from postrain.rewards.scores import score_completions
@@ -51,12 +52,20 @@ def text(
   examples = _examples(train, fields, prompt)
   others = _examples(held_out, [prompt], prompt)
   made = _tokenizer(tokenizer, [e[f] for e in examples for f in fields])
+  vocab_size = max(made.get_vocab().values()) + 1
+  tokenizers.check(made, vocab_size, stop_ids=stop_ids)
   stops = (made.eos_token_id,) if stop_ids is None else tuple(stop_ids)
-  tokenizers.check(made, len(made), stop_ids=stops)
   encode = functools.partial(
     data.encode_prompts, made, field=prompt, style=style, template=template,
     max_length=max_prompt_length, too_long=too_long,
   )  # fmt: skip
+  demonstrated = None
+  if completion is not None:
+    demonstrated = data.encode_demonstrations(
+      made, examples, max_length=max_length, prompt=prompt,
+      completion=completion, style=style, template=template,
+      stop_id=stops[0], too_long=too_long,
+    )  # fmt: skip
   # Once over all rows: errors come before the run, and drops leave the rest.
   examples, others = encode(examples).examples, encode(others).examples
   weights = reward_weights(rewards)
@@ -73,29 +82,14 @@ def text(
     )
     return encode([examples[i] for i in rows])
 
-  @functools.cache
-  def encoded(num_examples: int | None) -> data.Demonstrations:
-    if completion is None:
-      raise ValueError(
-        'supervised steps need demonstrations: name their field in'
-        ' environment.completion, or set sft.num_steps=0'
-      )
-    return data.encode_demonstrations(
-      made, examples[:num_examples], max_length=max_length, prompt=prompt,
-      completion=completion, style=style, template=template,
-      stop_id=stops[0], too_long=too_long,
-    )  # fmt: skip
-
   def demonstrations(
     step: int, batch_size: int, num_examples: int | None
   ) -> data.Demonstrations:
-    whole = encoded(num_examples)
-    rows = data.indices(
-      seed, step, num_prompts=batch_size, size=len(whole.tokens)
-    )
-    longest = int(whole.valid[rows].sum(-1).max())
+    size = len(demonstrated.tokens[:num_examples])
+    rows = data.indices(seed, step, num_prompts=batch_size, size=size)
+    longest = int(demonstrated.valid[rows].sum(-1).max())
     length = data.bucket(longest, data.bucket_sizes(max_length))
-    return data.Demonstrations(*(x[rows, :length] for x in whole))
+    return data.Demonstrations(*(x[rows, :length] for x in demonstrated))
 
   decode = functools.partial(made.decode, clean_up_tokenization_spaces=False)
 
@@ -109,12 +103,14 @@ def text(
     return dict(zip(functions, scores.rewards, strict=True))
 
   return Environment(
-    vocab_size=len(made),
+    vocab_size=vocab_size,
     pad_id=made.pad_token_id,
     stop_ids=stops,
+    prompt_length=max_prompt_length,
+    demonstration_length=max_length,
     prompts=prompts,
     held_out=lambda num: encode([others[i % len(others)] for i in range(num)]),
-    demonstrations=demonstrations,
+    demonstrations=None if demonstrated is None else demonstrations,
     rewards=judge,
     weights=weights,
     text=decode,

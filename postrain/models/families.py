@@ -46,14 +46,30 @@ class Tensor(NamedTuple):
   perm: tuple[int, ...]
   shape: tuple[int, ...]
 
-  def stored(self, param: np.ndarray) -> np.ndarray:
-    """From the parameter of one layer to the file's layout."""
+  def stored(self, leaves: Mapping[tuple[str, ...], Any]) -> np.ndarray:
+    """The tensor of a file."""
+    leaf = leaves[self.path]
+    param = np.asarray(leaf if self.layer is None else leaf[self.layer])
     return np.ascontiguousarray(param.transpose(self.perm).reshape(self.shape))
 
-  def restored(self, value: np.ndarray) -> np.ndarray:
-    """From the file's layout to the parameter of one layer."""
+  def restore(
+    self, value: np.ndarray, leaves: Mapping[tuple[str, ...], np.ndarray]
+  ) -> None:
+    """Write the tensor of a file into its (stacked) parameter."""
     permuted = [self.param_shape[axis] for axis in self.perm]
-    return value.reshape(permuted).transpose(np.argsort(self.perm))
+    param = value.reshape(permuted).transpose(np.argsort(self.perm))
+    leaf = leaves[self.path]
+    leaf[... if self.layer is None else self.layer] = param
+
+
+def param_shapes(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Path of each parameter -> its shape, layers stacked."""
+  return {
+    place.path: place.param_shape
+    if place.layer is None
+    else (config.num_layers, *place.param_shape)
+    for place in tensors(config).values()
+  }
 
 
 def from_huggingface(block: Mapping[str, Any]) -> Config:

@@ -1,6 +1,6 @@
 """Blocks of a dense decoder: RMSNorm, rotary attention, gated MLP.
 
-Logical axes of parameters: ``layers``, ``vocab``, ``width`` (the residual
+Logical axes of parameters: ``layers``, ``vocab``, ``embed`` (the residual
 stream), ``heads``, ``kv_heads``, ``head_dim``, ``mlp``; of activations:
 ``batch``, ``time``, ``embed``, ``heads``, ``kv_heads``, ``head_dim``, ``mlp``.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -158,6 +159,7 @@ class Block(nn.Module):
     )
 
   def norm(self, name: str, x: Array, axis: str) -> Array:
+    """RMSNorm of the last axis with a scale of this name."""
     scale = self.weight(name, x.shape[-1:], (axis,), nn.initializers.ones)
     return rms_norm(x, scale, eps=self.config.norm_eps)
 
@@ -165,7 +167,7 @@ class Block(nn.Module):
     """Project to heads, with the bias where the family has one."""
     c = self.config
     kernel = self.weight(
-      name, (c.model_dim, num, c.head_dim), ('width', axis, 'head_dim')
+      name, (c.model_dim, num, c.head_dim), ('embed', axis, 'head_dim')
     )
     out = jnp.einsum('bnd,dhk->bnhk', x, kernel)
     if c.qkv_bias:
@@ -174,7 +176,7 @@ class Block(nn.Module):
         nn.initializers.zeros,
       )  # fmt: skip
       out += jnp.broadcast_to(bias, out.shape)
-    return nn.with_logical_constraint(out, ('batch', 'time', axis, 'head_dim'))
+    return with_logical_constraint(out, ('batch', 'time', axis, 'head_dim'))
 
   @nn.compact
   def __call__(
@@ -187,7 +189,7 @@ class Block(nn.Module):
     """Returns the new activations and, if ``keep``, the new keys and values."""
     c = self.config
     residual = (2 * c.num_layers) ** -0.5  # the stream's variance stays near 1
-    h = self.norm('attention_norm', x, 'width')
+    h = self.norm('attention_norm', x, 'embed')
     query = self.heads('query', h, c.num_heads, 'heads')
     key = self.heads('key', h, c.num_kv_heads, 'kv_heads')
     value = self.heads('value', h, c.num_kv_heads, 'kv_heads')
@@ -205,17 +207,17 @@ class Block(nn.Module):
       h = whole_attention(query, key, value, context.visible)
     output = self.weight(
       'output', (c.num_heads, c.head_dim, c.model_dim),
-      ('heads', 'head_dim', 'width'), num_inputs=2, scale=residual,
+      ('heads', 'head_dim', 'embed'), num_inputs=2, scale=residual,
     )  # fmt: skip
     x += jnp.einsum('bnhk,hkd->bnd', h, output)
 
-    h = self.norm('mlp_norm', x, 'width')
-    wide, axes = (c.model_dim, c.mlp_dim), ('width', 'mlp')
+    h = self.norm('mlp_norm', x, 'embed')
+    wide, axes = (c.model_dim, c.mlp_dim), ('embed', 'mlp')
     gate = jnp.einsum('bnd,df->bnf', h, self.weight('gate', wide, axes))
     up = jnp.einsum('bnd,df->bnf', h, self.weight('up', wide, axes))
-    h = nn.with_logical_constraint(
+    h = with_logical_constraint(
       jax.nn.silu(gate) * up, ('batch', 'time', 'mlp')
     )
     down = self.weight('down', wide[::-1], axes[::-1], scale=residual)
     x += jnp.einsum('bnf,fd->bnd', h, down)
-    return nn.with_logical_constraint(x, ('batch', 'time', 'embed')), new
+    return with_logical_constraint(x, ('batch', 'time', 'embed')), new

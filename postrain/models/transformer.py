@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -84,6 +85,7 @@ class Transformer(nn.Module):
   def weight(
     self, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]
   ) -> Array:
+    """A parameter in the compute dtype."""
     boxed = nn.with_logical_partitioning(init, axes)
     value = self.param(name, boxed, shape, self.config.param_dtype)
     return jnp.asarray(value, self.config.dtype)
@@ -97,7 +99,7 @@ class Transformer(nn.Module):
     cache: Cache | None,
   ) -> tuple[Float[Array, 'B N D'], Cache | None]:
     c = self.config
-    table, axes = (c.vocab_size, c.model_dim), ('vocab', 'width')
+    table, axes = (c.vocab_size, c.model_dim), ('vocab', 'embed')
     small = nn.initializers.normal(0.02)  # first logits are close to uniform
     embedding = self.weight('embedding', small, table, axes)
     if not c.tie_embeddings:
@@ -107,7 +109,7 @@ class Transformer(nn.Module):
     x = jnp.take(embedding, tokens, axis=0)
     # Padding may hold any id: what it embeds to must not reach a softmax.
     x = jnp.where((segment_ids != 0)[:, :, None], x, 0)
-    x = nn.with_logical_constraint(x, ('batch', 'time', 'embed'))
+    x = with_logical_constraint(x, ('batch', 'time', 'embed'))
     cos, sin = rotation(
       positions, head_dim=c.head_dim, theta=c.rope_theta, dtype=c.dtype
     )
@@ -145,11 +147,12 @@ def stack(config: Config) -> Any:
     block = nn.remat(
       Block, policy=policy, prevent_cse=False, static_argnums=(4,)
     )
+  in_axes: Any = (nn.broadcast, 0, nn.broadcast)
   return nn.scan(
     block,
     variable_axes={'params': 0},
     split_rngs={'params': True},
-    in_axes=(nn.broadcast, 0, nn.broadcast),
+    in_axes=in_axes,
     length=config.num_layers,
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )
@@ -179,9 +182,10 @@ def transformer(config: Config) -> Model:
     segment_ids: Int[Array, 'B N'],
     cache: Cache | None = None,
   ) -> tuple[Float[Array, 'B N D'], Cache | None]:
-    return module.apply(
+    out: Any = module.apply(
       {'params': params}, tokens, positions, segment_ids, cache
     )
+    return out
 
   def unembed(params: Params, hidden: Array) -> Array:
     name = 'embedding' if config.tie_embeddings else 'unembedding'

@@ -121,17 +121,17 @@ def from_nnx(make: Callable[[Any], Any], vocab_size: int) -> Model:
   """
   from flax import nnx  # breaks on some pairs of flax and jax
 
-  def parts(key: Key[Array, '']) -> tuple[Any, Any]:
-    graph, params, rest = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
+  def parts(module: Any) -> tuple[Any, Any]:
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
     if jax.tree.leaves(rest):
       raise ValueError(
-        f'the module holds state besides nnx.Param: {rest}; make it without'
-        ' dropout, batch statistics and counters'
+        'the module holds state besides nnx.Param:'
+        f' {sorted(nnx.to_pure_dict(rest))}; make it without dropout, batch'
+        ' statistics and counters'
       )
     return graph, params
 
-  abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-  graph, template = nnx.split(abstract, nnx.Param)
+  graph, template = parts(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
   def module(params: Params) -> Any:
     state = jax.tree.map(lambda x: x, template)
@@ -139,7 +139,7 @@ def from_nnx(make: Callable[[Any], Any], vocab_size: int) -> Model:
     return nnx.merge(graph, state)
 
   return plain(
-    lambda key: nnx.to_pure_dict(parts(key)[1]),
+    lambda key: nnx.to_pure_dict(parts(make(nnx.Rngs(key)))[1]),
     lambda params, *inputs: module(params)(*inputs),
     lambda params, hidden: module(params).unembed(hidden),
     vocab_size,

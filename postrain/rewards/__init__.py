@@ -8,6 +8,7 @@ return. A reward of your own is any function of this signature.
 
 from postrain.rewards.mathematics import accuracy, answer_format
 from postrain.rewards.text import (
+  animal_story,
   contains,
   finished,
   format_tags,
@@ -19,6 +20,7 @@ from postrain.rewards.text import (
 
 __all__ = [
   'accuracy',
+  'animal_story',
   'answer_format',
   'contains',
   'finished',

@@ -211,6 +211,36 @@ def names_animal(
   ]
 
 
+def animal_story(
+  completions: list[Completion],
+  examples: list[dict[str, Any]],
+  *,
+  animals: tuple[str, ...] = ANIMALS,
+  min_words: int = 0,
+) -> list[float]:
+  """Whether a story ended by itself and names an animal: 1 or 0.
+
+  `finished` and `names_animal` at once, for nothing less is a story. The
+  shortest way to both is a sentence: ``min_words`` closes it.
+
+  Args:
+    completions: rows to grade.
+    examples: not read.
+    animals: see `names_animal`.
+    min_words: words of the shortest story, white space between them.
+
+  Raises:
+    ValueError: there are no animals.
+  """
+  named = names_animal(completions, examples, animals=animals)
+  ended = finished(completions, examples)
+  told = [len(each.text.split()) >= min_words for each in completions]
+  return [
+    float(long and name * end == 1)
+    for long, name, end in zip(told, named, ended, strict=True)
+  ]
+
+
 def _any_of(words: tuple[str, ...]) -> str:
   if not words or not all(word.strip() for word in words):
     raise ValueError(f'words={words!r}: expected words, none of them empty')

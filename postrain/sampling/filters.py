@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from postrain.types import Scalar
+from postrain.dtypes import Scalar, promoted
 
 
 class Draw(NamedTuple):
@@ -60,7 +60,7 @@ def draw(
   Temperature first, then top-k, then top-p and min-p. Temperature 0 takes the
   most likely token, whose log-prob is then 0.
   """
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  (logits,) = promoted(logits)
   if isinstance(temperature, int | float) and temperature == 0:
     best = jnp.argmax(logits, axis=-1)
     return Draw(best, jnp.zeros(best.shape, logits.dtype), best[:, None])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from postrain.logprobs import token_logprobs
 from postrain.sampling.filters import Draw, draw
+from postrain.scoring import token_positions
 from postrain.types import Model, Samples, Scalar
 
 
@@ -94,15 +95,10 @@ def sample(
   lengths = jnp.repeat(prompt_mask.sum(-1, dtype=jnp.int32), num_samples)
   stops = jnp.asarray(tuple(stop_ids), prompts.dtype)
 
-  hidden, prefix = model.hidden(
-    params,
-    prompts,
-    positions=jnp.maximum(jnp.cumsum(prompt_mask, -1, dtype=jnp.int32) - 1, 0),
-    segment_ids=prompt_mask.astype(jnp.int32),
-    cache=model.empty_cache(*prompts.shape),
+  logits, prefix = _prefill(model, params, prompts, prompt_mask)
+  first, model_logprobs = choose(
+    jnp.repeat(logits, num_samples, axis=0), jnp.int32(0)
   )
-  logits = jnp.repeat(model.unembed(params, hidden[:, -1]), num_samples, axis=0)
-  first, model_logprobs = choose(logits, jnp.int32(0))
   buffers = _empty_samples(first, model_logprobs, max_new_tokens, pad_id)
   done = jnp.zeros(batch_size, bool)
   state = _Loop(
@@ -137,6 +133,20 @@ def sample(
 
   final = jax.lax.while_loop(unfinished, decode, state)
   return final.samples._replace(truncated=~final.done)
+
+
+def _prefill(
+  model: Model, params: Any, prompts: Array, prompt_mask: Array
+) -> tuple[Array, Any]:
+  """Logits after each prompt, and its cache."""
+  hidden, cache = model.hidden(
+    params,
+    prompts,
+    positions=token_positions(prompt_mask),
+    segment_ids=prompt_mask.astype(jnp.int32),
+    cache=model.empty_cache(*prompts.shape),
+  )
+  return model.unembed(params, hidden[:, -1]), cache
 
 
 def _choose(

@@ -50,14 +50,16 @@ def tabular(
   """
   size = _num_sequences(vocab_size, length)
   _check_stop(stop_id, vocab_size)
-  if reward_table is None:
-    reward_table = np.random.default_rng(seed).normal(size=size).tolist()
-  if len(reward_table) != size:
+  rewards = (
+    np.random.default_rng(seed).normal(size=size)
+    if reward_table is None
+    else np.asarray(reward_table, float)
+  )
+  if rewards.shape != (size,):
     raise ValueError(
-      f'reward_table has {len(reward_table)} entries: give one for each of the'
+      f'reward_table has {len(rewards)} entries: give one for each of the'
       f' {vocab_size}^{length} = {size} completions'
     )
-  rewards_of = np.asarray(reward_table, float)
   places = vocab_size ** np.arange(length - 1, -1, -1, dtype=np.int32)
 
   def prompt(
@@ -78,7 +80,7 @@ def tabular(
         f' of {length}: set max_new_tokens={length}'
       )
     index = jnp.where(mask, completions, 0) @ jnp.asarray(places, jnp.int32)
-    return jnp.asarray(rewards_of)[index]
+    return jnp.asarray(rewards)[index]
 
   return Task(
     vocab_size=vocab_size,

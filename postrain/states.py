@@ -1,0 +1,88 @@
+"""The state of a run: fresh, of its second stage, and as shapes to restore."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from postrain import sharding
+from postrain.actors import Actor
+from postrain.algorithm import Algorithm
+from postrain.keys import run_key
+from postrain.recipe import Recipe
+from postrain.types import Params, TrainState
+
+
+class States:
+  """Makes the states of a run, each leaf placed in its shards.
+
+  The supervised stage and the online one have optimisers of their own, so the
+  structure of a state follows from the number of steps done.
+  """
+
+  def __init__(
+    self, recipe: Recipe, actor: Actor, algorithm: Algorithm, mesh: Any
+  ):
+    self.recipe, self.actor, self.algorithm = recipe, actor, algorithm
+    self.mesh = mesh
+
+  def fresh(self) -> TrainState:
+    """The state before the first step."""
+    shardings = self._param_shardings()
+    key = run_key(self.recipe.seed, 'init')
+    params = {'actor': self.actor.init(key, shardings['actor'])}
+    if not self.recipe.sft.num_steps:
+      return self.begin_reinforcement(params)
+    return self._state(params, self.algorithm.sft_optimizer, None, 0)
+
+  def begin_reinforcement(self, params: dict[str, Params]) -> TrainState:
+    """A new optimiser, and the policy of this moment as the reference."""
+    reference = None
+    if self.algorithm.uses_reference:
+      reference = jax.tree.map(jnp.copy, params['actor'])
+    return self._state(
+      params,
+      self.algorithm.rl_optimizer,
+      reference,
+      self.recipe.sft.num_steps,
+    )
+
+  def abstract(self, step: int) -> TrainState:
+    """Shapes, dtypes and shardings of the state after ``step`` steps."""
+    shardings = self._param_shardings()
+    shapes = jax.eval_shape(self.actor.model.init, jax.random.key(0))
+    params = sharding.abstract({'actor': shapes}, shardings)
+    supervised = 0 < step <= self.recipe.sft.num_steps
+    optimizer = (
+      self.algorithm.sft_optimizer
+      if supervised
+      else self.algorithm.rl_optimizer
+    )
+    opt_state = sharding.abstract(
+      jax.eval_shape(optimizer.init, params),
+      sharding.opt_state_shardings(self.mesh, optimizer, params, shardings),
+    )
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    keeps = self.algorithm.uses_reference and not supervised
+    return TrainState(
+      step=sharding.abstract(counter, sharding.replicated(self.mesh)),
+      params=params,
+      opt_state=opt_state,
+      ref_params=params['actor'] if keeps else None,
+    )
+
+  def _param_shardings(self) -> dict[str, Any]:
+    return {'actor': sharding.param_shardings(self.mesh, self.actor.model)}
+
+  def _state(
+    self, params: Any, optimizer: Any, reference: Params | None, step: int
+  ) -> TrainState:
+    placed = sharding.opt_state_shardings(
+      self.mesh, optimizer, params, self._param_shardings()
+    )
+    return TrainState(
+      step=jax.device_put(jnp.int32(step), sharding.replicated(self.mesh)),
+      params=params,
+      opt_state=jax.jit(optimizer.init, out_shardings=placed)(params),
+      ref_params=reference,
+    )

@@ -1,0 +1,268 @@
+"""Directories in and out: bits survive, and what is broken is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from postrain import hub
+from postrain.models import families
+from postrain.models.transformer import Config, transformer
+
+TINY = Config(
+  vocab_size=13, num_layers=2, model_dim=8, mlp_dim=12, num_heads=4,
+  num_kv_heads=2, head_dim=4, max_length=32, rope_theta=500.0, norm_eps=1e-5,
+)  # fmt: skip
+KINDS = {
+  'llama': {},
+  'llama_untied': {'tie_embeddings': False},
+  'qwen2': {'qkv_bias': True},
+  'qwen3': {'qk_norm': True, 'tie_embeddings': False},
+}
+
+
+def parameters(config):
+  """Distinct numbers in the shapes of the model."""
+  shapes = jax.eval_shape(transformer(config).init, jax.random.key(0))
+  draw = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: draw.normal(size=x.shape).astype(x.dtype), shapes
+  )
+
+
+def assert_same_bits(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    assert a.dtype == b.dtype
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def written(tmp_path):
+  params = parameters(TINY)
+  hub.save(tmp_path / 'model', TINY, params)
+  return tmp_path / 'model'
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('max_shard_bytes', [10**9, 600, 1])
+def test_a_round_trip_keeps_every_bit(tmp_path, kind, max_shard_bytes):
+  config = dataclasses.replace(TINY, **KINDS[kind])
+  params = parameters(config)
+  hub.save(tmp_path / 'a', config, params, max_shard_bytes=max_shard_bytes)
+  loaded = hub.load(tmp_path / 'a')
+  assert loaded.config == config
+  assert_same_bits(loaded.params, params)
+  shards = sorted(p.name for p in (tmp_path / 'a').glob('*.safetensors'))
+  if max_shard_bytes == 10**9:
+    assert shards == ['model.safetensors']
+  else:
+    index = json.loads((tmp_path / 'a' / hub.INDEX).read_text())
+    assert set(index['weight_map'].values()) == set(shards)
+    assert len(shards) > 2
+    assert index['metadata']['total_size'] == sum(
+      x.nbytes for x in jax.tree.leaves(params)
+    )
+  assert list(tmp_path.iterdir()) == [tmp_path / 'a']  # no scratch is left
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_files(tmp_path, dtype):
+  config = dataclasses.replace(TINY, param_dtype=dtype, dtype=dtype)
+  params = jax.jit(transformer(config).init)(jax.random.key(0))
+  hub.save(tmp_path / 'a', config, params)
+  loaded = hub.load(tmp_path / 'a', dtype=dtype)
+  assert loaded.config == config
+  assert_same_bits(loaded.params, params)
+  block = json.loads((tmp_path / 'a' / 'config.json').read_text())
+  assert block['dtype'] == dtype
+  wide = hub.load(tmp_path / 'a')
+  np.testing.assert_array_equal(
+    wide.params['embedding'],
+    np.asarray(params['embedding']).astype(np.float32),
+  )
+  assert ml_dtypes.bfloat16 != wide.params['embedding'].dtype == np.float32
+
+
+def test_loaded_host_arrays_run(written):
+  loaded = hub.load(written)
+  tokens = jnp.arange(6).reshape(2, 3)
+  ones = jnp.ones((2, 3), jnp.int32)
+  hidden, _ = loaded.model.hidden(
+    loaded.params, tokens, positions=jnp.tile(jnp.arange(3), (2, 1)),
+    segment_ids=ones,
+  )  # fmt: skip
+  assert loaded.model.unembed(loaded.params, hidden).shape == (2, 3, 13)
+
+
+def test_an_export_is_replaced_only_on_request(written, tmp_path):
+  params = jax.tree.map(lambda x: x + 1, parameters(TINY))
+  with pytest.raises(ValueError, match='not empty'):
+    hub.save(written, TINY, params)
+  hub.save(written, TINY, params, overwrite=True)
+  assert_same_bits(hub.load(written).params, params)
+  other = tmp_path / 'home'
+  other.mkdir()
+  (other / 'thesis.txt').write_text('precious')
+  with pytest.raises(ValueError, match='not empty'):
+    hub.save(other, TINY, params, overwrite=True)
+  assert (other / 'thesis.txt').read_text() == 'precious'
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+  params = parameters(TINY)
+  params['final_norm'][3] = np.nan
+  with pytest.raises(ValueError, match=r'model\.norm\.weight holds NaN'):
+    hub.save(tmp_path / 'a', TINY, params)
+  del params['final_norm']
+  with pytest.raises(ValueError, match=r"differ in .*'final_norm'"):
+    hub.save(tmp_path / 'a', TINY, params)
+  assert not list(tmp_path.iterdir())
+
+
+def test_tokenizer_files_travel(tmp_path, written):
+  source = tmp_path / 'tokenizer'
+  source.mkdir()
+  (source / 'tokenizer.json').write_text('{}')
+  (source / 'secret.txt').write_text('no')
+  hub.save(tmp_path / 'a', TINY, parameters(TINY), tokenizer=source)
+  assert (tmp_path / 'a' / 'tokenizer.json').read_text() == '{}'
+  assert not (tmp_path / 'a' / 'secret.txt').exists()
+
+  class Tokenizer:
+    def save_pretrained(self, path):
+      (path / 'tokenizer.json').write_text('saved')
+
+  hub.save(tmp_path / 'b', TINY, parameters(TINY), tokenizer=Tokenizer())
+  assert (tmp_path / 'b' / 'tokenizer.json').read_text() == 'saved'
+  with pytest.raises(ValueError, match='no tokenizer files'):
+    hub.save(tmp_path / 'c', TINY, parameters(TINY), tokenizer=tmp_path / 'no')
+
+
+def change_tensors(directory, change):
+  tensors = load_file(directory / hub.SINGLE)
+  change(tensors)
+  save_file(tensors, directory / hub.SINGLE)
+
+
+def poison(tensors):
+  tensors['model.layers.1.mlp.up_proj.weight'][0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    (lambda t: t.pop('model.norm.weight'), r'lacks 1 .*model\.norm\.weight'),
+    (lambda t: t.update(odd=np.zeros(2)), r'1 unexpected \(odd\)'),
+    (
+      lambda t: t.update({'model.norm.weight': np.zeros(9, np.float32)}),
+      r'model\.norm\.weight has shape \(9,\), expected \(8,\)',
+    ),
+    (poison, r'layers\.1\.mlp\.up_proj\.weight holds NaN'),
+    (
+      lambda t: t.update({'lm_head.weight': np.zeros((13, 8), np.float32)}),
+      'tie_word_embeddings',
+    ),
+  ],
+)
+def test_wrong_tensors_are_refused(written, change, words):
+  change_tensors(written, change)
+  with pytest.raises(ValueError, match=words):
+    hub.load(written)
+
+
+def test_derived_tensors_are_ignored(written):
+  expected = hub.load(written).params
+
+  def old_style(tensors):
+    tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.zeros(2)
+    tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
+
+  change_tensors(written, old_style)
+  assert_same_bits(hub.load(written).params, expected)
+
+
+@pytest.mark.parametrize('keep', [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(written, keep):
+  path = written / hub.SINGLE
+  path.write_bytes(path.read_bytes()[:keep])
+  with pytest.raises(ValueError, match='truncated'):
+    hub.load(written)
+
+
+def test_pickles_are_never_opened(written):
+  (written / hub.SINGLE).unlink()
+  (written / 'pytorch_model.bin').write_bytes(b'cos\nsystem\n')
+  with pytest.raises(ValueError, match=r'pytorch_model\.bin may run code'):
+    hub.load(written)
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['../model.safetensors', '/etc/model.safetensors', 'a\\b.safetensors',
+   'pytorch_model.bin', '.', 3],
+)  # fmt: skip
+def test_an_index_stays_in_its_directory(written, name):
+  (written / hub.SINGLE).rename(written.parent / hub.SINGLE)
+  block = {'weight_map': {'model.norm.weight': name}}
+  (written / hub.INDEX).write_text(json.dumps(block))
+  with pytest.raises(ValueError, match='beside the index'):
+    hub.load(written)
+
+
+def test_missing_files_are_named(tmp_path, written):
+  with pytest.raises(ValueError, match=r'nowhere/config\.json is missing'):
+    hub.load(tmp_path / 'nowhere')
+  hub.save(tmp_path / 'a', TINY, parameters(TINY), max_shard_bytes=600)
+  shard = sorted((tmp_path / 'a').glob('*.safetensors'))[1]
+  shard.unlink()
+  with pytest.raises(ValueError, match=f'lacks {shard.name}'):
+    hub.load(tmp_path / 'a')
+  (written / 'config.json').write_text('{')
+  with pytest.raises(ValueError, match='no JSON'):
+    hub.load(written)
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    ({'model_type': 'mamba'}, "'mamba' is not supported; .*llama, qwen2"),
+    ({'rope_scaling': {'type': 'yarn'}, 'rope_parameters': None}, 'yarn'),
+    ({'rope_parameters': {'rope_type': 'llama3'}}, 'llama3'),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
+    ({'hidden_act': 'gelu'}, "'gelu' .*'silu'"),
+    ({'attention_bias': True}, 'attention_bias=True'),
+    ({'mlp_bias': True}, 'mlp_bias=True'),
+    ({'use_sliding_window': True}, 'use_sliding_window=True'),
+    ({'layer_types': ['sliding_attention']}, 'sliding_attention'),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config'),
+    ({'hidden_size': ...}, 'lacks hidden_size'),
+  ],
+)
+def test_unsupported_features_are_named(change, words):
+  block = families.to_huggingface(TINY) | change
+  block = {k: v for k, v in block.items() if v is not ...}
+  with pytest.raises(ValueError, match=words):
+    families.from_huggingface(block)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_configurations_round_trip(kind):
+  config = dataclasses.replace(TINY, **KINDS[kind])
+  block = families.to_huggingface(config)
+  assert families.from_huggingface(block) == config
+  old = {k: v for k, v in block.items() if k != 'rope_parameters'}
+  assert families.from_huggingface(old) == config
+  new = {k: v for k, v in block.items() if k != 'rope_theta'}
+  assert families.from_huggingface(new) == config
+
+
+def test_a_mixture_of_families_is_refused():
+  config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
+  with pytest.raises(ValueError, match='no Hugging Face family'):
+    families.to_huggingface(config)
