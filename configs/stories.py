@@ -47,19 +47,21 @@ def get_config() -> ConfigDict:
     named=dict(name='names_animal', mention=0.0, weight=0.5),
     finished=dict(name='finished', weight=0.5),
   )
-  config.kl.loss_coef = 0.1
+  config.kl.loss_coef = 0.05
   config.sampling.num_samples = 8
   config.sampling.max_new_tokens = 192
-  config.rl.num_iterations = 50
+  config.rl.num_iterations = 60
   config.rl.num_prompts = 8
   config.rl.num_micro_batches = 8
   config.rl.num_score_slices = 8
-  config.rl.optimizer = base.adamw(learning_rate=3e-4)
-  config.evaluation.every = 50
+  config.rl.optimizer = base.adamw(
+    learning_rate=4e-4, schedule='linear', total_steps=60
+  )
+  config.evaluation.every = 30
   config.evaluation.grader = 'story'
   config.evaluation.num_prompts = 16
   config.evaluation.batch_size = 16
   config.evaluation.num_samples = 4
   config.logging.table_every = 25
-  config.checkpoint.every = 25
+  config.checkpoint.every = 20
   return config

@@ -28,7 +28,9 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def parse(argv: list[str]) -> list[str]:
   """Parse the flags; a mistake in them is one line."""
   try:
-    return FLAGS(argv)
+    rest = FLAGS(argv)
+    CONFIG.value.keys()  # where a file that could not be loaded says so
+    return rest
   except (flags.Error, AttributeError, LookupError, OSError, TypeError,
           ValueError) as error:  # fmt: skip
     sys.exit(one_line(error))

@@ -14,8 +14,11 @@ import types
 import typing
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 
-def bind(module: types.ModuleType, block: Mapping[str, Any]) -> Callable:
+
+def bind(module: types.ModuleType, block: Any) -> Any:
   """Bind the keyword-only hyperparameters of a function of ``module``.
 
   ``bind(losses, {'name': 'ppo_clip', 'clip_high': 0.28})`` is
@@ -58,7 +61,7 @@ def _find(module: types.ModuleType, name: Any) -> tuple[Callable, str]:
   if name not in module.__all__:
     raise ValueError(
       f'{where} has no {name!r}{_closest(name, module.__all__)};'
-      f" it has: {', '.join(module.__all__)}; a function of your own is named"
+      f' it has: {", ".join(module.__all__)}; a function of your own is named'
       " 'module:function'"
     )
   return getattr(module, name), f'{where}.{name}'
@@ -94,7 +97,7 @@ def _closest(name: Any, options: Iterable[str]) -> str:
 
 
 def _show(hint: Any) -> str:
-  return getattr(hint, '__name__', None) or str(hint)
+  return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -111,8 +114,7 @@ def _fits(value: Any, hint: Any) -> bool:
   if hint is None or hint is types.NoneType:
     return value is None
   if hint is float:
-    traced = hasattr(value, 'dtype')
-    return traced or (_is_number(value) and not math.isnan(value))
+    return _is_scalar(value) or (_is_number(value) and not math.isnan(value))
   if hint is int:
     return isinstance(value, int) and not isinstance(value, bool)
   if hint in (str, bool):
@@ -120,8 +122,17 @@ def _fits(value: Any, hint: Any) -> bool:
   if origin in (tuple, list):
     return isinstance(value, tuple | list)
   if hasattr(hint, 'array_type'):  # a jaxtyping annotation
-    return hasattr(value, 'dtype')
+    return _is_scalar(value)
   return isinstance(value, origin or hint)
+
+
+def _is_scalar(value: Any) -> bool:
+  """A number as an array; of a traced one the type is all that is known."""
+  if getattr(value, 'shape', None) != () or value.dtype == bool:
+    return False
+  if not jnp.issubdtype(value.dtype, jnp.number):
+    return False
+  return isinstance(value, jax.core.Tracer) or not math.isnan(value)
 
 
 def _is_number(value: Any) -> bool:

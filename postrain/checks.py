@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain import advantages
-from postrain.binding import bind
 from postrain.algorithm import Algorithm
+from postrain.binding import bind
 from postrain.environments import Environment
 from postrain.recipe import Recipe
 from postrain.types import Model, Samples, TrainState
@@ -94,7 +94,7 @@ def rehearse(
 def _iteration(
   recipe: Recipe, environment: Environment, model: Model,
   algorithm: Algorithm, seed: Any,
-) -> Any:  # fmt: skip
+) -> None:  # fmt: skip
   """One rollout and its first update, on whatever prompts."""
   key = jax.random.key(seed)
   params = {'actor': model.init(key)}
@@ -117,7 +117,7 @@ def _iteration(
     jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
   )
   rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
-  return algorithm.update(state, batch, rows)
+  algorithm.update(state, batch, rows)
 
 
 def _check_groups(recipe: Recipe) -> None:

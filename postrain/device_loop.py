@@ -34,7 +34,7 @@ def run(
   config: Any,
   *,
   seeds: Int[Array, ' N'],
-  hyperparameters: Mapping[str, Float[Array, ' N']] | None = None,
+  hyperparameters: Mapping[str, Array] | None = None,
 ) -> tuple[dict[str, Params], dict[str, Float[Array, 'N I']]]:
   """Run a config for each seed at once, inside one jit.
 

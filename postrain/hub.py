@@ -273,7 +273,7 @@ def _shards(size: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 
 def _leaves(config: Config, params: Params) -> dict[tuple[str, ...], Any]:
   """The parameters by path, if they are those of the configuration."""
-  leaves = traverse_util.flatten_dict(params)
+  leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(params))
   found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
   wrong = found.items() ^ families.param_shapes(config).items()
   if wrong:

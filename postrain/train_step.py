@@ -46,9 +46,10 @@ def make_train_step(
     gradient = jax.tree.map(
       lambda g, p: g.astype(p.dtype), gradient, state.params
     )
-    updates, opt_state = optimizer.update(
-      gradient, state.opt_state, state.params
-    )
+    with jax.numpy_dtype_promotion('standard'):  # Optax: rate ** integer count
+      updates, opt_state = optimizer.update(
+        gradient, state.opt_state, state.params
+      )
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
@@ -114,6 +115,7 @@ def value(figure: Mean | Sum | Max) -> jax.Array:
 
 def finish(metrics: Metrics) -> dict[str, float]:
   """Turn typed figures into numbers, once, on the host."""
+  metrics = jax.tree.map(jnp.asarray, metrics)
   return {name: float(value(figure)) for name, figure in metrics.items()}
 
 

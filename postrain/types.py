@@ -171,7 +171,7 @@ class Packing:
 class TrainState:
   """What a step changes: ``params`` and ``ref_params`` are dicts by role."""
 
-  step: Int[Array, '']
+  step: Any  # Int[Array, ''], or its shape
   params: dict[str, Params]
   opt_state: Any
   ref_params: Params | None = None

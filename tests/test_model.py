@@ -217,8 +217,8 @@ def test_layers_are_stacked_and_named():
     axes,
     is_leaf=lambda x: isinstance(x, tuple),
   )
-  assert axes['layers']['query'] == ('layers', 'embed', 'heads', 'head_dim')
-  assert axes['embedding'] == ('vocab', 'embed')
+  assert axes['layers']['query'] == ('layers', 'width', 'heads', 'head_dim')
+  assert axes['embedding'] == ('vocab', 'width')
   assert all(x.shape[0] == 3 for x in jax.tree.leaves(params['layers']))
   assert not np.allclose(*params['layers']['gate'][:2])
 
@@ -298,7 +298,7 @@ def test_scalar_head_starts_at_zero_and_learns(precision):
   critic = scalar_head(model)
   params = jax.jit(critic.init)(jax.random.key(3))
   assert set(params) == {'backbone', 'head'}
-  assert critic.logical_axes()['head'] == ('embed', None)
+  assert critic.logical_axes()['head'] == ('width', None)
   tokens, valid = draw((2, 5)), jnp.ones((2, 5), bool)
   values = whole(critic, params, tokens, valid)
   np.testing.assert_array_equal(values, jnp.zeros((2, 5, 1)))

@@ -99,7 +99,7 @@ def test_a_loss_is_the_sum_of_its_terms_under_their_weights(params, batch):
     + 0.5 * total('value', batch, squares)
   )
   assert float(loss) == pytest.approx(expected, rel=1e-5)
-  number = np.sum(batch.mask)
+  number = np.asarray(batch.mask).sum()
   found = finish(metrics)
   assert found['loss'] == pytest.approx(expected, rel=1e-5)
   assert found['loss/policy'] == pytest.approx(
@@ -209,7 +209,7 @@ def test_supervised_is_the_weighted_cross_entropy(params, batch):
   assert float(loss) == pytest.approx(expected, rel=1e-5)
   probability = np.where(batch.mask, np.exp(logprobs), 0).sum()
   assert finish(metrics)['sft/probability'] == pytest.approx(
-    probability / np.sum(batch.mask), rel=1e-5
+    probability / np.asarray(batch.mask).sum(), rel=1e-5
   )
 
 

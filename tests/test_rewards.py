@@ -326,6 +326,33 @@ def test_names_animal_wants_the_name_to_be_the_animals():
     graded(rewards.names_animal, 'a', mention=2.0)
 
 
+def test_an_animal_story_ends_by_itself_names_and_is_long_enough():
+  named, nameless = NAMED[0], NAMELESS[0]
+  rows = [
+    completion(text, truncated=truncated)
+    for text in (named, nameless)
+    for truncated in (False, True)
+  ]
+  examples = [{}] * len(rows)
+  assert rewards.animal_story(rows, examples) == [1, 0, 0, 0]
+  parts = zip(
+    rewards.finished(rows, examples),
+    rewards.names_animal(rows, examples),
+    strict=True,
+  )
+  assert rewards.animal_story(rows, examples) == [a * b for a, b in parts]
+  length = len(named.split())
+  for min_words, reward in ((length, 1), (length + 1, 0)):
+    assert graded(rewards.animal_story, named, min_words=min_words) == [reward]
+  padded = named.replace(' ', ' \n  ')
+  assert graded(rewards.animal_story, padded, min_words=length + 1) == [0]
+  robot = 'a robot named Max'
+  assert graded(rewards.animal_story, robot) == [0]
+  assert graded(rewards.animal_story, robot, animals=('robot',)) == [1]
+  with pytest.raises(ValueError, match='expected words'):
+    graded(rewards.animal_story, named, animals=())
+
+
 def test_every_reward_ignores_the_batch_around_a_row():
   needed = {
     'contains': {'text': '4'},

@@ -64,7 +64,7 @@ def scalar_head(model: Model) -> Model:
   def logical_axes() -> Params:
     return {
       'backbone': model.logical_axes() if model.logical_axes else None,
-      'head': ('embed', None),
+      'head': ('width', None),
     }
 
   return dataclasses.replace(

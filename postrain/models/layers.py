@@ -1,6 +1,6 @@
 """Blocks of a dense decoder: RMSNorm, rotary attention, gated MLP.
 
-Logical axes of parameters: ``layers``, ``vocab``, ``embed`` (the residual
+Logical axes of parameters: ``layers``, ``vocab``, ``width`` (the residual
 stream), ``heads``, ``kv_heads``, ``head_dim``, ``mlp``; of activations:
 ``batch``, ``time``, ``embed``, ``heads``, ``kv_heads``, ``head_dim``, ``mlp``.
 """
@@ -137,6 +137,16 @@ def whole_attention(
     )
 
 
+def used(param: Array, axes: tuple[str, ...], dtype: Any) -> Array:
+  """A parameter as a layer multiplies it: whole along the residual stream.
+
+  Without this the partitioner of a sharded ``width`` moves activations around
+  instead of gathering the parameter.
+  """
+  axes = tuple('embed' if axis == 'width' else axis for axis in axes)
+  return with_logical_constraint(jnp.asarray(param, dtype), axes)
+
+
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -154,9 +164,8 @@ class Block(nn.Module):
         fan_in *= size
       init = nn.initializers.normal(scale * fan_in**-0.5)
     boxed = nn.with_logical_partitioning(init, axes)
-    return jnp.asarray(
-      self.param(name, boxed, shape, config.param_dtype), config.dtype
-    )
+    return used(self.param(name, boxed, shape, config.param_dtype), axes,
+                config.dtype)  # fmt: skip
 
   def norm(self, name: str, x: Array, axis: str) -> Array:
     """RMSNorm of the last axis with a scale of this name."""
@@ -167,7 +176,7 @@ class Block(nn.Module):
     """Project to heads, with the bias where the family has one."""
     c = self.config
     kernel = self.weight(
-      name, (c.model_dim, num, c.head_dim), ('embed', axis, 'head_dim')
+      name, (c.model_dim, num, c.head_dim), ('width', axis, 'head_dim')
     )
     out = jnp.einsum('bnd,dhk->bnhk', x, kernel)
     if c.qkv_bias:
@@ -189,7 +198,7 @@ class Block(nn.Module):
     """Returns the new activations and, if ``keep``, the new keys and values."""
     c = self.config
     residual = (2 * c.num_layers) ** -0.5  # the stream's variance stays near 1
-    h = self.norm('attention_norm', x, 'embed')
+    h = self.norm('attention_norm', x, 'width')
     query = self.heads('query', h, c.num_heads, 'heads')
     key = self.heads('key', h, c.num_kv_heads, 'kv_heads')
     value = self.heads('value', h, c.num_kv_heads, 'kv_heads')
@@ -207,12 +216,12 @@ class Block(nn.Module):
       h = whole_attention(query, key, value, context.visible)
     output = self.weight(
       'output', (c.num_heads, c.head_dim, c.model_dim),
-      ('heads', 'head_dim', 'embed'), num_inputs=2, scale=residual,
+      ('heads', 'head_dim', 'width'), num_inputs=2, scale=residual,
     )  # fmt: skip
     x += jnp.einsum('bnhk,hkd->bnd', h, output)
 
-    h = self.norm('mlp_norm', x, 'embed')
-    wide, axes = (c.model_dim, c.mlp_dim), ('embed', 'mlp')
+    h = self.norm('mlp_norm', x, 'width')
+    wide, axes = (c.model_dim, c.mlp_dim), ('width', 'mlp')
     gate = jnp.einsum('bnd,df->bnf', h, self.weight('gate', wide, axes))
     up = jnp.einsum('bnd,df->bnf', h, self.weight('up', wide, axes))
     h = with_logical_constraint(

@@ -15,6 +15,7 @@ from postrain.models.layers import (
   Level,
   rms_norm,
   rotation,
+  used,
   widened,
 )
 from postrain.types import Model, Params
@@ -88,7 +89,7 @@ class Transformer(nn.Module):
     """A parameter in the compute dtype."""
     boxed = nn.with_logical_partitioning(init, axes)
     value = self.param(name, boxed, shape, self.config.param_dtype)
-    return jnp.asarray(value, self.config.dtype)
+    return used(value, axes, self.config.dtype)
 
   @nn.compact
   def __call__(
@@ -99,7 +100,7 @@ class Transformer(nn.Module):
     cache: Cache | None,
   ) -> tuple[Float[Array, 'B N D'], Cache | None]:
     c = self.config
-    table, axes = (c.vocab_size, c.model_dim), ('vocab', 'embed')
+    table, axes = (c.vocab_size, c.model_dim), ('vocab', 'width')
     small = nn.initializers.normal(0.02)  # first logits are close to uniform
     embedding = self.weight('embedding', small, table, axes)
     if not c.tie_embeddings:
@@ -189,7 +190,7 @@ def transformer(config: Config) -> Model:
 
   def unembed(params: Params, hidden: Array) -> Array:
     name = 'embedding' if config.tie_embeddings else 'unembedding'
-    table = jnp.asarray(params[name], config.dtype)
+    table = used(params[name], ('vocab', 'width'), config.dtype)
     return jnp.einsum(
       '...d,vd->...v', hidden, table,
       preferred_element_type=widened(config.dtype),

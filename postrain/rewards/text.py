@@ -234,10 +234,10 @@ def animal_story(
   """
   named = names_animal(completions, examples, animals=animals)
   ended = finished(completions, examples)
-  told = [len(each.text.split()) >= min_words for each in completions]
+  words = [len(each.text.split()) for each in completions]
   return [
-    float(long and name * end == 1)
-    for long, name, end in zip(told, named, ended, strict=True)
+    name * end * (num >= min_words)
+    for name, end, num in zip(named, ended, words, strict=True)
   ]
 
 

@@ -1,0 +1,304 @@
+"""Each mistake is one clear error, before any compilation where it can be."""
+
+from collections.abc import Callable
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from postrain import hub, tokenizers
+from postrain.models.config import Config
+from postrain.models.transformer import transformer
+from postrain.recipe import plain
+from postrain.trainer import Trainer
+
+NAN = float('nan')
+ABSENT = object()
+
+# Config, what is changed in it by path, what the error says.
+FIELDS = [
+  ('sort', {'surprise': 1}, "has no hyperparameter 'surprise'"),
+  ('sort', {'rl': ABSENT}, 'config needs a value for: rl'),
+  ('sort', {'rl': 3}, 'rl=3 is not of type Reinforcement'),
+  ('sort', {'rl.num_promts': 4}, "did you mean 'num_prompts'"),
+  ('sort', {'rl.num_prompts': '4'}, "num_prompts='4' is not of type int"),
+  ('sort', {'rl.num_prompts': 4.0}, 'num_prompts=4.0 is not of type int'),
+  ('sort', {'rl.num_prompts': True}, 'num_prompts=True is not of type int'),
+  ('sort', {'rl.num_prompts': 0}, 'rl.num_prompts=0: it must be at least 1'),
+  ('sort', {'rl.num_iterations': 0}, 'nothing to run'),
+  ('sort', {'rl.num_iterations': -1}, 'rl.num_iterations=-1'),
+  ('sort', {'seed': -1}, 'seed=-1: it must be at least 0'),
+  ('sort', {'entropy_coef': NAN}, 'entropy_coef=nan'),
+  ('sort', {'chunk_size': 0}, 'chunk_size=0'),
+  ('sort', {'rl.optimizer.learning_rate': NAN}, 'learning_rate=nan'),
+  ('sort', {'rl.optimizer.name': 'adan'}, "did you mean 'adam'"),
+  ('sort', {'sft.optimizer.schedule': 'cosin'}, "schedule='cosin'"),
+  ('sort', {'sft.optimizer.schedule': 'linear'}, 'needs total_steps'),
+  ('sort', {'rl.num_minibatches': 3}, 'num_minibatches=3 does not divide 16'),
+  ('sort', {'rl.num_micro_batches': 3}, 'num_micro_batches=3 does not divide'),
+  ('sort', {'rl.num_score_slices': 5}, 'num_score_slices=5 does not divide'),
+  ('arithmetic', {'sft.num_micro_batches': 3}, 'sft.num_micro_batches=3'),
+  ('arithmetic', {'sft.num_examples': 0}, 'sft.num_examples=0'),
+  ('sort', {'mesh.data': 3}, 'do not divide over 3 devices'),
+  ('sort', {'mesh.data': 16}, 'needs 16 devices, there are 8'),
+  ('sort', {'sampling.num_samples': 1}, 'group of one has nothing to compare'),
+  ('sort', {'sampling.temperature': 0.0}, 'temperature=0.0: it must be posit'),
+  ('sort', {'sampling.temperature': NAN}, 'temperature=nan'),
+  ('sort', {'sampling.top_p': 1.5}, r'top_p=1.5: it must be in \(0, 1\]'),
+  ('sort', {'sampling.min_p': 2.0}, 'min_p=2.0'),
+  ('sort', {'sampling.top_k': 0}, 'top_k=0: it must be at least 1'),
+  ('sort', {'sampling.max_new_tokens': 5}, 'max_new_tokens=3'),
+  ('sort', {'kl.estimator.name': 'k1', 'kl.loss_coef': 0.1}, 'k1 in the loss'),
+  ('sort', {'loss.name': 'pp_clip'}, "did you mean 'ppo_clip'"),
+  ('sort', {'loss.clip_hihg': 0.3}, "did you mean 'clip_high'"),
+  ('sort', {'loss': {'name': 'squared_error'}}, 'asks for values, returns'),
+  ('sort', {'advantage.name': 'group_normalised'}, "'group_normalized'"),
+  ('sort', {'advantage': {'name': 'gae'}}, 'gae asks for values, mask'),
+  ('sort', {'aggregation.name': 'token_sum'}, "has no 'token_sum'"),
+  ('sort', {'correction': {}}, r"expected dict\(name='...'\)"),
+  ('sort', {'kl.aggregation': {'name': 'mean'}}, "has no 'mean'"),
+  ('sort', {'reference.update': 'sometimes'}, "update='sometimes'"),
+  ('sort', {'reference.decay': 1.5}, 'reference.decay=1.5'),
+  ('sort', {'filter.overlong': 'drop'}, "overlong='drop'"),
+  ('sort', {'evaluation.grader': 'right'}, "grader='right' is none of the rew"),
+  ('arithmetic', {'evaluation.ks': (3,)}, 'ks has 3: pass@k needs k in'),
+  ('sort', {'rewards.exact.name': 'exakt'}, "task has no reward 'exakt'"),
+  ('sort', {'rewards.exact.weight': NAN}, 'needs a finite number'),
+  ('sort', {'rewards.exact': 'exact'}, 'needs a finite number'),
+  (
+    'sort',
+    {'rewards.exact.weight': 0, 'rewards.ordering.weight': 0},
+    'at least one needs a weight that is not 0',
+  ),
+  ('sort', {'environment.name': 'game'}, "has no 'game'"),
+  ('sort', {'environment.task.name': 'sorting'}, "did you mean 'sort'"),
+  ('sort', {'environment.task.lenght': 3}, "did you mean 'length'"),
+  ('sort', {'model.name': 'mamba'}, "has no 'mamba'"),
+  ('arithmetic', {'model.name': 'sort_policy'}, 'has no hyperparameter'),
+  ('arithmetic', {'model.num_kv_heads': 3}, 'num_kv_heads=3 does not divide'),
+  ('arithmetic', {'model.remat': 'all'}, "remat='all' is not a policy"),
+  ('arithmetic', {'model.max_length': 6}, 'up to 7 tokens, the model 6'),
+  ('text', {'environment.train': 'no.jsonl'}, 'no.jsonl is no file'),
+  ('text', {'environment.prompt': 'query'}, "has no field 'query'"),
+  ('text', {'environment.max_prompt_length': 3}, 'prompt has 4 tokens, max_le'),
+  ('text', {'environment.max_length': 5}, 'have 6 tokens, max_length=5'),
+  ('text', {'environment.stop_ids': ()}, 'expected at least one id'),
+  ('text', {'environment.stop_ids': (0,)}, 'also ends completions'),
+  ('text', {'environment.stop_ids': (999,)}, r'stop_ids=\(999,\)'),
+  ('text', {'environment.tokenizer': {'name': 'words'}}, 'give directory, or'),
+  ('text', {'environment.tokenizer': {'directory': 'no'}}, 'does not exist'),
+  ('text', {'rewards.length.name': 'lenght'}, "has no 'lenght'"),
+  ('text', {'rewards.length.name': 'tiny:none'}, "'tiny:none' cannot be imp"),
+  ('text', {'rewards.length.power': 2}, "no hyperparameter 'power'"),
+  (
+    'text',
+    {'environment.completion': None, 'sft.num_steps': 2},
+    'has no demonstrations',
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  ('base', 'changes', 'message'),
+  FIELDS,
+  ids=[' '.join(f'{k}={v!r:.30}' for k, v in c.items()) for _, c, _ in FIELDS],
+)
+def test_field(
+  base: str, changes: dict, message: str, tmp_path: pathlib.Path
+) -> None:
+  refuse(changed(base, changes, tmp_path), tmp_path / 'run', message)
+
+
+@pytest.mark.parametrize(
+  ('row', 'message'),
+  [
+    ({'question': '  ', 'answer': '1'}, "row 1: field 'question' is '  '"),
+    ({'question': '1+1='}, "row 1 has no field 'answer'"),
+    (['1+1=', '2'], 'row 1 is .* expected an object'),
+    ('{"question": "1+1=", "ans\n', 'row 1 is no JSON'),
+    ('\n', 'has no examples'),
+  ],
+)
+def test_row(row: Any, message: str, tmp_path: pathlib.Path) -> None:
+  config = tiny.text(tmp_path)
+  tiny.json_lines(tmp_path / 'train.jsonl', [row])
+  refuse(config, tmp_path / 'run', message)
+
+
+def missing(directory: pathlib.Path) -> None:
+  (directory / 'model.safetensors').unlink()
+
+
+def truncated(directory: pathlib.Path) -> None:
+  path = directory / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:-100])
+
+
+def padded_with_eos(directory: pathlib.Path) -> None:
+  tokenizer = tokenizers.byte_level()
+  tokenizer.pad_token = tokenizer.eos_token
+  tokenizer.save_pretrained(directory)
+
+
+def without_eos(directory: pathlib.Path) -> None:
+  tokenizer = tokenizers.byte_level()
+  tokenizer.eos_token = None
+  tokenizer.save_pretrained(directory)
+
+
+def with_more_tokens(directory: pathlib.Path) -> None:
+  tokenizers.byte_level(special_tokens=['<|more|>']).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+  ('harm', 'message'),
+  [
+    (missing, 'neither model.safetensors nor'),
+    (truncated, 'model.safetensors is truncated'),
+    (padded_with_eos, 'also ends completions'),
+    (without_eos, 'eos_token=None: set tokenizer.eos_token, or give stop_ids'),
+    (with_more_tokens, 'the tokenizer has 262 ids, the embedding 261 rows'),
+  ],
+)
+def test_checkpoint_directory(
+  harm: Callable, message: str, tmp_path: pathlib.Path
+) -> None:
+  directory = tmp_path / 'model'
+  shape = {k: v for k, v in tiny.transformer().items() if k != 'name'}
+  network = Config(vocab_size=261, **shape)
+  shapes = jax.eval_shape(transformer(network).init, jax.random.key(0))
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  hub.save(directory, network, params, tokenizer=tokenizers.byte_level())
+  config = tiny.text(tmp_path)
+  config.model = dict(name='pretrained', directory=str(directory))
+  config.environment.tokenizer = dict(directory=str(directory))
+  config.environment.stop_ids = None
+  Trainer(config, str(tmp_path / 'whole'))
+  harm(directory)
+  refuse(config, tmp_path / 'run', message)
+
+
+def test_workdir_that_cannot_be_one(tmp_path: pathlib.Path) -> None:
+  file = tmp_path / 'file'
+  file.write_text('mine')
+  refuse(tiny.sort(), file, 'cannot be written')
+  refuse(tiny.sort(), file / 'run', 'cannot be written')
+  assert file.read_text() == 'mine'
+
+
+def test_workdir_of_another_config(tmp_path: pathlib.Path) -> None:
+  Trainer(tiny.sort(), str(tmp_path))
+  before = (tmp_path / 'config.json').read_bytes()
+  other = tiny.sort()
+  other.rl.optimizer.learning_rate = 0.5
+  other.sampling.top_k = 2
+  message = (
+    'rl.optimizer.learning_rate: 0.02 there, 0.5 here; sampling.top_k: None'
+    ' there, 2 here. Take another --workdir'
+  )
+  refuse(other, tmp_path, re.escape(message))
+  assert (tmp_path / 'config.json').read_bytes() == before
+  same = tiny.sort()
+  same.logging.table_every = 7
+  Trainer(same, str(tmp_path))
+
+
+def test_workdir_of_something_else(tmp_path: pathlib.Path) -> None:
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  refuse(tiny.sort(), tmp_path, 'was not written by a run')
+
+
+def test_rewards_that_fail(tmp_path: pathlib.Path) -> None:
+  config = tiny.text(tmp_path)
+  directory = tmp_path / 'run'
+  trainer = Trainer(config, str(directory))
+  for name, message in (
+    ('raising', "'length' raised KeyError: 'answer'"),
+    ('undefined', "'length' returned nan for row 0"),
+    ('short', "'length' returned 1 values for 8"),
+    ('silent', "'length' returned None for row 0"),
+  ):
+    config.rewards.length.name = f'tiny:{name}'
+    broken = Trainer(config, str(tmp_path / name))
+    trainer.environment = broken.environment  # compiled once for all
+    with pytest.raises(ValueError, match=message):
+      trainer.run()
+    assert not directory.exists()
+
+
+def test_limit_that_truncates_every_completion(tmp_path: pathlib.Path) -> None:
+  config = tiny.text(tmp_path)
+  config.environment.stop_ids = (1,)
+  config.sampling.max_new_tokens = 2
+  with pytest.raises(ValueError, match=r'all 8 completions .* limit of 2 tok'):
+    Trainer(config, str(tmp_path / 'run')).run()
+  assert not (tmp_path / 'run').exists()
+
+
+COMMANDS = [
+  ([], 'Flag --config must have a value'),
+  (['--config=configs/sort_documented.py'], '--workdir must have a value'),
+  (['--config=configs/no.py', '--workdir=DIR'], 'configs/no.py'),
+  (['--wrokdir=DIR'], "Unknown command line flag 'wrokdir'"),
+  (['--workdir=DIR', '--workdir=DIR'], '--workdir=DIR: already defined'),
+  (['CONFIG', '--workdir=DIR', '--config.rl.num_promts=4'], 'num_promts'),
+  (['CONFIG', '--workdir=DIR', '--config.sedd=4'], 'sedd'),
+  (['CONFIG', '--workdir=DIR', '--config.seed=four'], 'config.seed'),
+  (['--config.seed=4', 'CONFIG', '--workdir=DIR'], 'config.seed'),
+  (['CONFIG', '--workdir=DIR', 'stray'], 'no flags: stray'),
+  (
+    ['CONFIG', '--workdir=DIR', '--config.sampling.temperature=0'],
+    'sampling.temperature=0.0: it must be positive',
+  ),
+]
+
+
+def test_command_line(tmp_path: pathlib.Path) -> None:
+  directory = tmp_path / 'run'
+  places = {
+    'DIR': str(directory),
+    'CONFIG': '--config=configs/sort_documented.py',
+  }
+  for arguments, message in COMMANDS:
+    for place, value in places.items():
+      arguments = [a.replace(place, value) for a in arguments]
+      message = message.replace(place, value)
+    done = subprocess.run(
+      [sys.executable, 'experiments/train.py', *arguments],
+      cwd=tiny.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0, arguments
+    assert re.fullmatch(rf'error: .*({message}).*\n', done.stderr), done.stderr
+    assert not done.stdout
+    assert not directory.exists()
+
+
+def changed(base: str, changes: dict, folder: pathlib.Path) -> dict:
+  """A config as nested dicts, with other values at some paths."""
+  config = tiny.text(folder) if base == 'text' else getattr(tiny, base)()
+  config = plain(config)
+  for path, value in changes.items():
+    *blocks, field = path.split('.')
+    inner = config
+    for block in blocks:
+      inner = inner[block]
+    inner[field] = value
+    if value is ABSENT:
+      del inner[field]
+  return config
+
+
+def refuse(config: Any, directory: pathlib.Path, message: str) -> None:
+  """Construct: an error, nothing compiled, nothing written."""
+  compiled = len(tiny.compilations)
+  existed = directory.exists()
+  with pytest.raises(ValueError, match=message):
+    Trainer(config, str(directory))
+  assert tiny.compilations[compiled:] == []
+  assert directory.exists() == existed
