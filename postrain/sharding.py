@@ -94,15 +94,23 @@ def param_shardings(mesh: Mesh, model: Model) -> Params:
 
 
 def _fitting(mesh: Mesh, shape: tuple, spec: PartitionSpec) -> PartitionSpec:
-  """Replicate the axes that the mesh does not divide."""
+  """Replicate the axes that the mesh does not divide or does not cut.
+
+  In the form that compiled functions return, or their second call would be
+  one of other shardings and compile again.
+  """
 
   def size(axes: Any) -> int:
     names = (axes,) if isinstance(axes, str) else (axes or ())
     return math.prod(mesh.shape[n] for n in names)
 
-  return PartitionSpec(
-    *(a if n % size(a) == 0 else None for n, a in zip(shape, spec, strict=True))
-  )
+  fitting = [
+    axes if size(axes) > 1 and width % size(axes) == 0 else None
+    for width, axes in zip(shape, spec, strict=True)
+  ]
+  while fitting and fitting[-1] is None:
+    fitting.pop()
+  return PartitionSpec(*fitting)
 
 
 def opt_state_shardings(

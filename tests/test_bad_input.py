@@ -18,6 +18,8 @@ from postrain.models.transformer import transformer
 from postrain.recipe import plain
 from postrain.trainer import Trainer
 
+quick_compiler = tiny.quick_compiler
+
 NAN = float('nan')
 ABSENT = object()
 

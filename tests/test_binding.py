@@ -44,7 +44,9 @@ def test_everything_public_can_be_bound(module, name):
   said = bind(module, {'name': name, **defaults, **needed})
   assert said.keywords == defaults | needed
   if needed:
-    with pytest.raises(ValueError, match=f'needs a value for: {[*needed][0]}'):
+    with pytest.raises(
+      ValueError, match=f'needs a value for: {next(iter(needed))}'
+    ):
       bind(module, {'name': name})
 
 

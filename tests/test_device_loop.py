@@ -8,6 +8,14 @@ import pytest
 from configs import sort_documented
 from postrain import device_loop
 
+@pytest.fixture(autouse=True, scope='module')
+def quick_compiler():
+  """The whole loop is one large program that runs for a moment."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 SEEDS = jnp.array([3, 11, 5])
 
 

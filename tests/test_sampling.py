@@ -101,7 +101,10 @@ def joined(samples):
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+scored = jax.jit(score, static_argnums=0, compiler_options=QUICKLY)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
 def next_logits(model, params, tokens, valid):
   """Logits of every completion slot from one forward without a cache."""
   hidden = hidden_states(model, params, tokens, valid, jnp.ones_like(valid))
@@ -131,7 +134,7 @@ def test_logprobs_are_those_of_the_learner(temperature, name):
   samples = draw(temperature=temperature, record_kept=name != 'none', **options)
   tokens, valid, mask = joined(samples)
   slots = samples.tokens.shape[1]
-  scores = score(model, params, tokens, valid, mask, temperature=temperature)
+  scores = scored(model, params, tokens, valid, mask, temperature=temperature)
   scores = jax.tree.map(lambda x: x[:, -slots:], scores)
   np.testing.assert_allclose(
     samples.model_logprobs, scores.model_logprobs, rtol=0, atol=1e-5

@@ -43,6 +43,14 @@ def inputs():
   return tokens, valid, valid & (slots >= 4)
 
 
+scored = jax.jit(
+  score,
+  static_argnums=0,
+  static_argnames=('chunk_size', 'num_slices'),
+  compiler_options={'xla_backend_optimization_level': 0},  # compiles faster
+)
+
+
 @functools.cache
 def by_hand(temperature):
   """Each sequence alone, unpadded, through a softmax in NumPy."""
@@ -77,7 +85,7 @@ def by_hand(temperature):
 )
 def test_scores_are_those_of_each_sequence_alone(temperature, options):
   model, params = network()
-  scores = score(model, params, *inputs(), temperature=temperature, **options)
+  scores = scored(model, params, *inputs(), temperature=temperature, **options)
   np.testing.assert_allclose(scores, by_hand(temperature), rtol=0, atol=2e-6)
 
 
@@ -86,7 +94,7 @@ def test_packing_is_a_layout_of_the_call_alone(num_slices):
   model, params = network()
   tokens, valid, mask = inputs()
   packing = pack(np.asarray(valid), width=13, num_slices=num_slices)
-  scores = score(
+  scores = scored(
     model, params, tokens, valid, mask, packing=packing, num_slices=num_slices
   )
   np.testing.assert_allclose(scores, by_hand(1.0), rtol=0, atol=2e-6)
@@ -96,8 +104,8 @@ def test_what_stands_in_padding_changes_no_bit():
   model, params = network()
   tokens, valid, mask = inputs()
   other = jnp.where(valid, tokens, VOCAB - 1 - tokens)
-  scores = score(model, params, tokens, valid, mask)
-  again = score(model, params, other, valid, mask)
+  scores = scored(model, params, tokens, valid, mask)
+  again = scored(model, params, other, valid, mask)
   for a, b in zip(scores, again, strict=True):
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a[~mask], 0)
@@ -120,9 +128,9 @@ def test_a_token_is_scored_without_seeing_itself():
   """The log-prob of token t moves with tokens before t, never with later."""
   model, params = network()
   tokens, valid, mask = inputs()
-  before = score(model, params, tokens, valid, mask).entropy
+  before = scored(model, params, tokens, valid, mask).entropy
   changed = tokens.at[:, 5].set((tokens[:, 5] + 1) % VOCAB)
-  after = score(model, params, changed, valid, mask).entropy
+  after = scored(model, params, changed, valid, mask).entropy
   np.testing.assert_array_equal(before[:, :6], after[:, :6])
   assert (before[:, 6] != after[:, 6])[mask[:, 6]].all()
 
@@ -141,7 +149,7 @@ def test_slices_keep_the_order_of_rows():
 def test_slices_must_divide_the_rows():
   model, params = network()
   with pytest.raises(ValueError, match='4 rows do not divide into 3 slices'):
-    score(model, params, *inputs(), num_slices=3)
+    scored(model, params, *inputs(), num_slices=3)
 
 
 # Logits of all positions must never exist at once.

@@ -32,14 +32,14 @@ def golden():
   return json.loads((HOME / 'golden_greedy.json').read_text('utf-8'))
 
 
-def full_logits(loaded, params, tokens):
-  hidden, _ = loaded.model.hidden(
+def full_logits(model, params, tokens):
+  hidden, _ = model.hidden(
     params,
     tokens,
     positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
     segment_ids=jnp.ones_like(tokens),
   )
-  return loaded.model.unembed(params, hidden)
+  return model.unembed(params, hidden)
 
 
 def test_greedy_continuation_through_the_cache(pretrained, golden):
@@ -63,20 +63,18 @@ def test_greedy_continuation_through_the_cache(pretrained, golden):
 def test_greedy_continuation_by_full_forwards(pretrained, golden):
   prompt, expected = golden['prompt_ids'], golden['greedy_ids_200']
 
-  def extend(t, tokens):
-    last = full_logits(pretrained, pretrained.params, tokens)[0, t - 1]
-    return tokens.at[0, t].set(last.argmax().astype(tokens.dtype))
+  @jax.jit
+  def continuation(params, tokens):
+    def extend(t, tokens):
+      last = full_logits(pretrained.model, params, tokens)[0, t - 1]
+      return tokens.at[0, t].set(last.argmax().astype(tokens.dtype))
+
+    return jax.lax.fori_loop(len(prompt), tokens.shape[1], extend, tokens)
 
   # The slots to come hold any token: attention never looks ahead.
-  start = (
-    jnp.full((1, len(expected)), 7)
-    .at[0, : len(prompt)]
-    .set(jnp.asarray(prompt))
-  )
-  run = jax.jit(
-    lambda tokens: jax.lax.fori_loop(len(prompt), len(expected), extend, tokens)
-  )
-  assert run(start)[0].tolist() == expected
+  start = np.full((1, len(expected)), 7)
+  start[0, : len(prompt)] = prompt
+  assert continuation(pretrained.params, start)[0].tolist() == expected
 
 
 @pytest.fixture(scope='module')
@@ -124,12 +122,11 @@ def test_export_agrees_with_torch(trained, golden):
   transformers = pytest.importorskip('transformers')
   state, path = trained
   tokens = np.asarray([golden['greedy_ids_200']])
-  ours = full_logits(
-    hub.load(path / 'export'), state.params['actor'], jnp.asarray(tokens)
-  )
-  model = transformers.AutoModelForCausalLM.from_pretrained(path / 'export')
+  model = hub.load(path / 'export').model
+  ours = full_logits(model, state.params['actor'], jnp.asarray(tokens))
+  other = transformers.AutoModelForCausalLM.from_pretrained(path / 'export')
   with torch.no_grad():
-    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    theirs = other(torch.from_numpy(tokens)).logits.numpy()
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
   tokenizer = transformers.AutoTokenizer.from_pretrained(path / 'export')
   assert (

@@ -1,16 +1,20 @@
 """Configs that compile in seconds, for tests of whole runs."""
 
+from collections.abc import Iterator
 import json
 import pathlib
 import sys
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
+import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from configs import base
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 compilations: list[str] = []
 
@@ -22,6 +26,27 @@ def _listen(event: str, seconds: float, **details: object) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """Compile each program once, and without care for its speed.
+
+  A module uses it by giving it a name of its own.
+  """
+  changes = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.getbasetemp() / 'xla'),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+    'jax_disable_most_optimizations': True,
+  }
+  before = {name: jax.config.values[name] for name in changes}
+  for values in (changes, before):
+    for name, value in values.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if values is changes:
+      yield
 
 
 def sort() -> ConfigDict:

@@ -23,13 +23,13 @@ import tempfile
 import time
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from ml_collections import ConfigDict
 
 from configs import base
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SAVE_EVERY = 3
 NUM_ITERATIONS = 12
 SFT_STEPS = {'refresh': 4, 'ema': 6}  # the switch lies off, on a checkpoint
@@ -116,8 +116,8 @@ def start(
           break
       time.sleep(kill.seconds)
       process.kill()
-    for last in lines:
-      pass
+    for line in lines:
+      last = line
   return process.returncode, last.strip()
 
 

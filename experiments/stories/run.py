@@ -93,7 +93,7 @@ def evaluate(
 def repetition(tokens: list[int]) -> float:
   """Share of n-grams of tokens that stood earlier in the story."""
   grams = [tuple(tokens[i:][:NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
-  return 1 - len(set(grams)) / max(len(grams), 1)
+  return (len(grams) - len(set(grams))) / max(len(grams), 1)
 
 
 def run_seed(
@@ -184,7 +184,7 @@ def draw_curves(path: pathlib.Path, num_seeds: int) -> None:
       rows = metrics.read(path / f'seed{seed}' / 'metrics.jsonl')
       points = [(row['step'], row[name]) for row in rows if name in row]
       panel.plot(*zip(*points, strict=True), linewidth=1, label=f'seed {seed}')
-    panel.set_ylabel(name)
+    panel.set_title(name, fontsize='medium')
     panel.grid(alpha=0.3)
   panels[0].legend()
   panels[-1].set_xlabel('step')

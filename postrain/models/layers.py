@@ -137,7 +137,7 @@ def whole_attention(
     )
 
 
-def used(param: Array, axes: tuple[str, ...], dtype: Any) -> Array:
+def used(param: Any, axes: tuple[str, ...], dtype: Any) -> Array:
   """A parameter as a layer multiplies it: whole along the residual stream.
 
   Without this the partitioner of a sharded ``width`` moves activations around
