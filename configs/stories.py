@@ -43,21 +43,21 @@ def get_config() -> ConfigDict:
   )
   config.model = dict(name='pretrained', directory='')
   config.rewards = dict(
-    story=dict(name='animal_story', min_words=40, weight=1.0),
+    story=dict(name='animal_story', min_words=30, weight=1.0),
     named=dict(name='names_animal', mention=0.0, weight=0.5),
     finished=dict(name='finished', weight=0.5),
   )
-  config.kl.loss_coef = 0.05
+  config.kl.loss_coef = 0.03
   config.sampling.num_samples = 8
   config.sampling.max_new_tokens = 192
-  config.rl.num_iterations = 50
+  config.rl.num_iterations = 60
   config.rl.num_prompts = 8
   config.rl.num_micro_batches = 8
   config.rl.num_score_slices = 8
   config.rl.optimizer = base.adamw(
-    learning_rate=2.5e-4, schedule='linear', total_steps=50
+    learning_rate=3e-4, schedule='linear', total_steps=60
   )
-  config.evaluation.every = 25
+  config.evaluation.every = 30
   config.evaluation.grader = 'story'
   config.evaluation.num_prompts = 16
   config.evaluation.batch_size = 16

@@ -14,7 +14,7 @@ import types
 import typing
 from typing import Any
 
-import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 
 
@@ -132,7 +132,7 @@ def _is_scalar(value: Any) -> bool:
     return False
   if not jnp.issubdtype(value.dtype, jnp.number):
     return False
-  return isinstance(value, jax.core.Tracer) or not math.isnan(value)
+  return isinstance(value, Tracer) or not math.isnan(value)
 
 
 def _is_number(value: Any) -> bool:

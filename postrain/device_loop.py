@@ -5,6 +5,7 @@ numeric hyperparameters are vmapped over: an ablation of 32 seeds is one call.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -114,7 +115,7 @@ def _loop(config: dict[str, Any], seed: Array) -> Any:
   environment: Environment = bind(environments, recipe.environment)(
     recipe.seed, recipe.rewards
   )
-  task = environment.device_task
+  task: Any = environment.device_task  # there is one, says _check
   actor = bind(actors, recipe.model)(environment)
   algorithm = make_algorithm(
     recipe, actor.model, pad_id=task.pad_id, stop_ids=task.stop_ids
@@ -145,9 +146,8 @@ def _iterate(
   key = run_key(seed, 'sample', iteration)
   samples = algorithm.sample(state.params, prompts, prompt_mask, key, ids)
   rewards = _rewards(recipe, task, prompts, samples)
-  total = sum(
-    weight * rewards[label] for label, weight in environment.weights.items()
-  )
+  weighted = [w * rewards[label] for label, w in environment.weights.items()]
+  total = jnp.sum(jnp.stack(weighted), axis=0)
   batch, figures, _ = algorithm.prepare(
     state.params, state.ref_params, prompts, prompt_mask, samples,
     total.reshape(len(ids), -1),
@@ -190,5 +190,5 @@ def _optimise(
     reference = algorithm.move_reference(
       state.ref_params, state.params['actor'], iteration
     )
-    state = state.replace(ref_params=reference)
+    state = dataclasses.replace(state, ref_params=reference)
   return state, merge(figures)

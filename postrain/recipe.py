@@ -173,7 +173,7 @@ def plain(config: Any) -> Any:
   return config
 
 
-def _build(schema: type, given: Any, where: str) -> Any:
+def _build(schema: Any, given: Any, where: str) -> Any:
   if not isinstance(given, Mapping):
     raise ValueError(f'{where}={given!r}: expected a block of fields')
   check_arguments(schema, given, where)
@@ -214,7 +214,7 @@ def _check_ranges(recipe: Recipe) -> None:
       ' (evaluation is greedy by itself)'
     )
   for field, value in (('top_p', sampling.top_p), ('min_p', sampling.min_p)):
-    if _is_number(value) and not 0 < value <= 1:
+    if isinstance(value, int | float) and not 0 < value <= 1:
       raise ValueError(f'sampling.{field}={value}: it must be in (0, 1]')
   if sampling.top_k is not None and sampling.top_k < 1:
     raise ValueError(f'sampling.top_k={sampling.top_k}: it must be at least 1')

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_axes
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
@@ -87,13 +88,13 @@ def param_shardings(mesh: Mesh, model: Model) -> Params:
     return jax.tree.map(lambda _: replicated(mesh), shapes)
 
   def sharding(shape: Any, axes: tuple) -> NamedSharding:
-    spec = nn.logical_to_mesh_axes(axes, RULES)
+    spec = logical_to_mesh_axes(axes, RULES)
     return NamedSharding(mesh, _fitting(mesh, shape.shape, spec))
 
   return jax.tree.map(sharding, shapes, model.logical_axes())
 
 
-def _fitting(mesh: Mesh, shape: tuple, spec: PartitionSpec) -> PartitionSpec:
+def _fitting(mesh: Mesh, shape: tuple, spec: Any) -> PartitionSpec:
   """Replicate the axes that the mesh does not divide or does not cut.
 
   In the form that compiled functions return, or their second call would be

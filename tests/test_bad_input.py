@@ -250,7 +250,6 @@ COMMANDS = [
   (['--wrokdir=DIR'], "Unknown command line flag 'wrokdir'"),
   (['--workdir=DIR', '--workdir=DIR'], '--workdir=DIR: already defined'),
   (['CONFIG', '--workdir=DIR', '--config.rl.num_promts=4'], 'num_promts'),
-  (['CONFIG', '--workdir=DIR', '--config.sedd=4'], 'sedd'),
   (['CONFIG', '--workdir=DIR', '--config.seed=four'], 'config.seed'),
   (['--config.seed=4', 'CONFIG', '--workdir=DIR'], 'config.seed'),
   (['CONFIG', '--workdir=DIR', 'stray'], 'no flags: stray'),

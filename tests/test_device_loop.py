@@ -8,6 +8,7 @@ import pytest
 from configs import sort_documented
 from postrain import device_loop
 
+
 @pytest.fixture(autouse=True, scope='module')
 def quick_compiler():
   """The whole loop is one large program that runs for a moment."""

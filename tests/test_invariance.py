@@ -27,6 +27,7 @@ from postrain.train_step import accumulate, finish
 from postrain.types import Batch
 
 ROWS, LENGTH, VOCAB = 8, 10, 11
+QUICKLY = {'xla_backend_optimization_level': 0}  # for the compiler
 TOLERANCE = {'float32': 2e-5, 'float64': 1e-10}
 NEEDED = {'constant_length': {'length': 7.0}}  # required hyperparameters
 KNOWN = (
@@ -131,7 +132,7 @@ def networks(dtype):
       max_length=32,
       dtype=dtype,
       param_dtype=dtype,
-    )  # fmt: skip
+    )
   )
   critic = scalar_head(averages(dtype))
   params = {
@@ -216,11 +217,10 @@ def gradient(dtype, params, batch, choice, num_micro_batches):
   return accumulate(objective, params, {}, batch, num_micro_batches)
 
 
-# The machine code need not be good, it runs a few times.
 compiled = jax.jit(
   gradient,
   static_argnums=(0, 4),
-  compiler_options={'xla_backend_optimization_level': 0},
+  compiler_options=QUICKLY,
 )
 
 
@@ -380,3 +380,85 @@ def test_in_float64_it_is_exact(layout, loss, number):
   with jax.enable_x64(True):
     found = update('float64', layout, loss, number)
     check('float64', loss, number, found)
+
+
+# Pairs are units of two rows; imitation is cut by the same units.
+
+
+def pairs(dtype, change=lambda batch: batch):
+  """Units in order: chosen row, rejected row; each pair its own weight."""
+  batch = minibatch(dtype)
+  arrays = {'ref_logprobs': batch.arrays['ref_logprobs']}
+  weights = jnp.repeat(jnp.array([0.5, 1.0, 0.25, 2.0], dtype), 2)
+  batch = dataclasses.replace(
+    batch, arrays=arrays, unit_size=2, weights={'preference': weights}
+  )
+  batch = change(batch)
+  tokens = aggregation.token_mean(batch.mask)
+  return dataclasses.replace(batch, weights=batch.weights | {'policy': tokens})
+
+
+def padding_pairs(batch):
+  def extend(x):
+    blank = jnp.full((4, *x.shape[1:]), filling(x), x.dtype)
+    return jnp.concatenate([x[:2], blank, x[2:]])
+
+  batch = jax.tree.map(extend, batch)
+  weights = {k: jnp.nan_to_num(w, nan=0) for k, w in batch.weights.items()}
+  return dataclasses.replace(batch, weights=weights)
+
+
+def permuted_pairs(batch):
+  return take(batch, jnp.array([4, 5, 0, 1, 6, 7, 2, 3]))
+
+
+def packed_pairs(batch):
+  valid = np.asarray(batch.valid)
+  packing = pack(valid, width=12, num_slices=2, unit_size=2)
+  return dataclasses.replace(batch, packing=packing)
+
+
+def imitation(dtype, params, batch, num_micro_batches):
+  """Gradients and metrics of DPO and of supervised fine-tuning."""
+  model, *_ = networks(dtype)
+  params = {'actor': params['actor']}
+  preference = objectives.preference(model, loss=losses.dpo, chunk_size=4)
+  supervised = objectives.supervised(
+    model, loss=losses.negative_log_likelihood, chunk_size=4
+  )
+  return [
+    accumulate(objective, params, {}, batch, num_micro_batches)
+    for objective in (preference, supervised)
+  ]
+
+
+compiled_imitation = jax.jit(
+  imitation, static_argnums=(0, 3), compiler_options=QUICKLY
+)
+
+
+@pytest.mark.parametrize(
+  ('change', 'num_micro_batches'),
+  [
+    (permuted_pairs, 1),
+    (lambda batch: batch, 2),
+    (lambda batch: batch, 4),
+    (padding_pairs, 3),
+    (padding_columns, 1),
+    (packed_pairs, 2),
+  ],
+  ids=['permuted', '2', '4', 'padding rows, 3', 'padding columns', 'packed, 2'],
+)
+def test_layout_changes_neither_pairs_nor_imitation(change, num_micro_batches):
+  *_, params = networks('float32')
+  wanted = compiled_imitation('float32', params, pairs('float32'), 1)
+  found = compiled_imitation(
+    'float32', params, pairs('float32', change), num_micro_batches
+  )
+  for (gradient, metrics), (expected, figures) in zip(
+    found, wanted, strict=True
+  ):
+    assert distance(gradient, expected) < TOLERANCE['float32']
+    assert finish(metrics)['loss'] == pytest.approx(
+      finish(figures)['loss'], rel=1e-5
+    )

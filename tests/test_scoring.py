@@ -26,9 +26,10 @@ def network(vocab_size=VOCAB):
     )
   )  # fmt: skip
   params = jax.jit(model.init)(jax.random.key(0))
-  noise = jax.random.key(1)
+  draw = np.random.default_rng(1)  # initial logits are close to uniform
   return model, jax.tree.map(
-    lambda x: x + 0.3 * jax.random.normal(noise, x.shape), params
+    lambda x: x + 0.3 * jnp.asarray(draw.standard_normal(x.shape), x.dtype),
+    params,
   )
 
 

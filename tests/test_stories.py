@@ -18,6 +18,7 @@ from postrain.trainer import Trainer
 
 DATA = os.environ.get('POSTRAIN_DATA')
 HOME = pathlib.Path(DATA or '', 'models', 'stories260K')
+FULL_STOP = 426  # its id
 
 pytestmark = pytest.mark.skipif(DATA is None, reason='POSTRAIN_DATA is not set')
 
@@ -83,9 +84,11 @@ def trained(tmp_path_factory):
   config = stories.get_config()
   config.model.directory = str(HOME / 'hf')
   config.environment.tokenizer.directory = str(HOME / 'hf')
+  # Stories are long: sentences end within the limit of a test.
+  config.environment.stop_ids = (1, 2, FULL_STOP)
   config.rewards.length = dict(name='num_tokens', weight=-0.01)
   config.sampling.num_samples = 4
-  config.sampling.max_new_tokens = 256
+  config.sampling.max_new_tokens = 32
   config.rl.num_iterations = 2
   config.rl.num_prompts = 4
   config.rl.num_micro_batches = 2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from postrain import device_loop, hub
+from postrain import device_loop, hub, metrics
 from postrain.trainer import Trainer
 from postrain.types import Batch, Samples, TrainState
 
@@ -96,17 +96,17 @@ def test_samples_hold_every_completion(
 ) -> None:
   directory, _ = whole
   found = rows(directory, 'samples')
-  metrics = rows(directory)
+  steps = rows(directory)
   assert [row['step'] for row in found] == [2] * 16 + [3] * 16
   for step in (2, 3):
     group = [row for row in found if row['step'] == step]
     for key in ('reward', 'reward/digits', 'reward/exact'):
       mean = np.mean([row[key] for row in group])
-      assert mean == pytest.approx(metrics[step][key], abs=1e-6)
+      assert mean == pytest.approx(steps[step][key], abs=1e-6)
     share = np.mean([row['truncated'] for row in group])
-    assert share == pytest.approx(metrics[step]['completion/truncated'])
+    assert share == pytest.approx(steps[step]['completion/truncated'])
     gap = max(row['logprob_gap'] for row in group)
-    assert gap == pytest.approx(metrics[step]['sampler/logprob_gap_max'])
+    assert gap == pytest.approx(steps[step]['sampler/logprob_gap_max'])
   rewards = np.array([row['reward'] for row in found]).reshape(-1, 4)
   advantages = np.array([row['advantage'] for row in found]).reshape(-1, 4)
   centered = rewards - rewards.mean(-1, keepdims=True)
@@ -167,15 +167,22 @@ def test_two_runs_give_the_same_bytes(tmp_path: pathlib.Path) -> None:
   assert not equal(first.params, other.params)
 
 
-def test_stopping_and_going_on_changes_no_bit(tmp_path: pathlib.Path) -> None:
+def test_stopping_and_going_on_changes_no_bit(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   config = sorting(
     sft__num_steps=3, sft__batch_size=8, rl__num_iterations=4,
     checkpoint__every=2, reference__update='ema', kl__loss_coef=0.1,
+    evaluation__every=3, evaluation__num_prompts=8,
+    evaluation__batch_size=8,
   )  # fmt: skip
   whole = run(config, tmp_path / 'whole')
 
   class Stop(Exception):
     """Stands for whatever ends a process."""
+
+  def raising(*arguments: Any) -> None:
+    raise Stop
 
   # In the supervised stage, at its last step, in the first iteration, later.
   for step in (1, 2, 3, 5):
@@ -194,6 +201,13 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path: pathlib.Path) -> None:
     trainer._step = until
     with pytest.raises(Stop):
       trainer.run()
+  # After the last row, before the run is called finished; twice.
+  for _ in range(2):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+      patch.setattr(metrics, 'curves', raising)
+      run(config, tmp_path / 'parts')
+    assert not (tmp_path / 'parts' / 'finished.json').exists()
+    assert rows(tmp_path / 'parts')[-1]['step'] == 7
   parts = run(config, tmp_path / 'parts')
   assert equal(whole, parts)
   for name in ('metrics.jsonl', 'samples.jsonl'):
@@ -247,10 +261,10 @@ def test_kl_binds_in_reward_in_loss_and_in_both(
   }.items():
     config = sorting(advantage=dict(name='group_centered'), **coefs)
     found[name] = run(config, tmp_path / name).params
-    metrics = rows(tmp_path / name)
-    assert metrics[0]['reference/kl_sequence'] == 0
-    assert metrics[2]['reference/kl_token'] > 0
-    assert ('policy/kl_loss' in metrics[2]) == ('kl__loss_coef' in coefs)
+    steps = rows(tmp_path / name)
+    assert steps[0]['reference/kl_sequence'] == 0
+    assert steps[2]['reference/kl_token'] > 0
+    assert ('policy/kl_loss' in steps[2]) == ('kl__loss_coef' in coefs)
   names = list(found)
   for i, left in enumerate(names):
     for right in names[i + 1 :]:

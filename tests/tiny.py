@@ -142,6 +142,11 @@ def json_lines(path: pathlib.Path, rows: list) -> pathlib.Path:
   return path
 
 
+def number(completions: list, examples: list) -> list[float]:
+  """The number that a completion writes."""
+  return [float(each.text) for each in completions]
+
+
 # Rewards that fail, named 'tiny:<name>' in a config.
 
 

@@ -55,8 +55,11 @@ def reward_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
   weights: dict[str, float] = {}
   for label, block in rewards.items():
     weight = block.get('weight') if isinstance(block, Mapping) else None
-    real = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not (real and math.isfinite(weight)):
+    if (
+      isinstance(weight, bool)
+      or not isinstance(weight, int | float)
+      or not math.isfinite(weight)
+    ):
       raise ValueError(
         f'rewards.{label}={block!r}: it needs a finite number as its weight'
       )

@@ -1,6 +1,6 @@
 """Environments of synthetic tasks: everything but the text on the device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
@@ -36,7 +36,7 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
     return Prompts(np.asarray(tokens), np.asarray(mask), [{}] * len(prompt_ids))
 
   def demonstrations(
-    step: int, batch_size: int, num_examples: int | None
+    solution: Callable, step: int, batch_size: int, num_examples: int | None
   ) -> tuple:
     ids = np.arange(batch_size) + step * batch_size
     if num_examples is not None:
@@ -44,7 +44,7 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
         num_examples, size=batch_size
       )
     drawn = prompts(run_key(seed, 'demonstrations'), ids, False)
-    completions, mask = map(np.asarray, chosen.solution(drawn.tokens))
+    completions, mask = map(np.asarray, solution(drawn.tokens))
     return (
       np.concatenate([drawn.tokens, completions], axis=1),
       np.concatenate([drawn.mask, mask], axis=1),
@@ -63,7 +63,8 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
     held_out=lambda num: prompts(
       run_key(seed, 'held_out'), np.arange(num), True
     ),
-    demonstrations=None if chosen.solution is None else demonstrations,
+    demonstrations=chosen.solution
+    and functools.partial(demonstrations, chosen.solution),
     rewards=lambda drawn, samples: {
       label: np.asarray(values)
       for label, values in grade(

@@ -1,6 +1,6 @@
 """Environments of texts: JSON lines, a tokenizer, rewards of the host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from postrain import rewards as reward_functions
 from postrain.binding import bind
 from postrain.environments.record import Environment, reward_weights
 from postrain.rewards.scores import score_completions
-from postrain.types import Completion, Prompts, Samples
+from postrain.types import Completion, Prompts, RewardFn, Samples
 
 
 def text(
@@ -52,29 +52,20 @@ def text(
   examples = _examples(train, fields, prompt)
   others = _examples(held_out, [prompt], prompt)
   made = _tokenizer(tokenizer, [e[f] for e in examples for f in fields])
-  vocab_size = max(made.get_vocab().values()) + 1
-  tokenizers.check(made, vocab_size, stop_ids=stop_ids)
-  stops = (made.eos_token_id,) if stop_ids is None else tuple(stop_ids)
+  stops = _stop_ids(made, stop_ids)
+  reading: dict[str, Any] = dict(
+    style=style, template=template, too_long=too_long
+  )
   encode = functools.partial(
-    data.encode_prompts, made, field=prompt, style=style, template=template,
-    max_length=max_prompt_length, too_long=too_long,
+    data.encode_prompts, made, field=prompt, max_length=max_prompt_length,
+    **reading,
   )  # fmt: skip
-  demonstrated = None
-  if completion is not None:
-    demonstrated = data.encode_demonstrations(
-      made, examples, max_length=max_length, prompt=prompt,
-      completion=completion, style=style, template=template,
-      stop_id=stops[0], too_long=too_long,
-    )  # fmt: skip
+  demonstrations = None if completion is None else _demonstrations(
+    seed, made, examples, max_length=max_length, prompt=prompt,
+    completion=completion, stop_id=stops[0], **reading,
+  )  # fmt: skip
   # Once over all rows: errors come before the run, and drops leave the rest.
   examples, others = encode(examples).examples, encode(others).examples
-  weights = reward_weights(rewards)
-  functions = {
-    label: bind(
-      reward_functions, {k: v for k, v in block.items() if k != 'weight'}
-    )
-    for label, block in rewards.items()
-  }
 
   def prompts(iteration: int, num_prompts: int) -> Prompts:
     rows = data.indices(
@@ -82,40 +73,58 @@ def text(
     )
     return encode([examples[i] for i in rows])
 
-  def demonstrations(
-    step: int, batch_size: int, num_examples: int | None
-  ) -> data.Demonstrations:
-    size = len(demonstrated.tokens[:num_examples])
-    rows = data.indices(seed, step, num_prompts=batch_size, size=size)
-    longest = int(demonstrated.valid[rows].sum(-1).max())
-    length = data.bucket(longest, data.bucket_sizes(max_length))
-    return data.Demonstrations(*(x[rows, :length] for x in demonstrated))
-
-  decode = functools.partial(made.decode, clean_up_tokenization_spaces=False)
-
-  def judge(drawn: Prompts, samples: Samples) -> dict[str, np.ndarray]:
-    num_samples = len(samples.tokens) // len(drawn.examples)
-    scores = score_completions(
-      functions,
-      _completions(samples, stops, decode),
-      [e for e in drawn.examples for _ in range(num_samples)],
-    )
-    return dict(zip(functions, scores.rewards, strict=True))
-
   return Environment(
-    vocab_size=vocab_size,
+    vocab_size=_vocab_size(made),
     pad_id=made.pad_token_id,
     stop_ids=stops,
     prompt_length=max_prompt_length,
     demonstration_length=max_length,
     prompts=prompts,
     held_out=lambda num: encode([others[i % len(others)] for i in range(num)]),
-    demonstrations=None if demonstrated is None else demonstrations,
-    rewards=judge,
-    weights=weights,
-    text=decode,
+    demonstrations=demonstrations,
+    weights=reward_weights(rewards),
+    rewards=functools.partial(_judge, _functions(rewards), stops, made),
+    text=functools.partial(_decode, made),
     tokenizer=made,
   )
+
+
+def _demonstrations(
+  seed: int, tokenizer: Any, examples: list, *, max_length: int, **layout: Any
+) -> Callable[[int, int, int | None], data.Demonstrations]:
+  """Encode all, then draw those of a step, no longer than they need to be."""
+  encoded = data.encode_demonstrations(
+    tokenizer, examples, max_length=max_length, **layout
+  )
+
+  def drawn(
+    step: int, batch_size: int, num_examples: int | None
+  ) -> data.Demonstrations:
+    size = len(encoded.tokens[:num_examples])
+    rows = data.indices(seed, step, num_prompts=batch_size, size=size)
+    longest = int(encoded.valid[rows].sum(-1).max())
+    length = data.bucket(longest, data.bucket_sizes(max_length))
+    return data.Demonstrations(*(x[rows, :length] for x in encoded))
+
+  return drawn
+
+
+def _vocab_size(tokenizer: Any) -> int:
+  return max(tokenizer.get_vocab().values()) + 1
+
+
+def _stop_ids(tokenizer: Any, stop_ids: tuple | None) -> tuple[int, ...]:
+  tokenizers.check(tokenizer, _vocab_size(tokenizer), stop_ids=stop_ids)
+  return (tokenizer.eos_token_id,) if stop_ids is None else tuple(stop_ids)
+
+
+def _functions(rewards: Mapping[str, Any]) -> dict[str, RewardFn]:
+  return {
+    label: bind(
+      reward_functions, {k: v for k, v in block.items() if k != 'weight'}
+    )
+    for label, block in rewards.items()
+  }
 
 
 def _examples(
@@ -144,8 +153,26 @@ def _tokenizer(block: Mapping[str, Any], texts: list[str]) -> Any:
   return bind(tokenizers, block)(*made[block['name']])
 
 
+def _judge(
+  functions: Mapping[str, RewardFn], stops: Sequence[int], tokenizer: Any,
+  drawn: Prompts, samples: Samples,
+) -> dict[str, np.ndarray]:  # fmt: skip
+  """Each reward of each completion."""
+  num_samples = len(samples.tokens) // len(drawn.examples)
+  scores = score_completions(
+    functions,
+    _completions(samples, stops, tokenizer),
+    [e for e in drawn.examples for _ in range(num_samples)],
+  )
+  return dict(zip(functions, scores.rewards, strict=True))
+
+
+def _decode(tokenizer: Any, ids: Any) -> str:
+  return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def _completions(
-  samples: Samples, stops: Sequence[int], decode: Any
+  samples: Samples, stops: Sequence[int], tokenizer: Any
 ) -> list[Completion]:
   """What rewards see: the text without the token that ended it."""
   completions = []
@@ -154,5 +181,7 @@ def _completions(
   ):
     ids = tokens[mask].tolist()
     body = ids[:-1] if ids and ids[-1] in stops else ids
-    completions.append(Completion(decode(body), ids, bool(truncated)))
+    completions.append(
+      Completion(_decode(tokenizer, body), ids, bool(truncated))
+    )
   return completions

@@ -78,11 +78,8 @@ def sample(
   Returns:
     Samples of ``B = P * num_samples`` rows, the samples of a prompt together.
   """
-  if record_kept and top_k is None:
-    raise ValueError(
-      'record_kept=True needs top_k, which bounds the recorded set:'
-      ' set it, for example, to 128'
-    )
+  if record_kept:
+    _check_bounded(top_k)
   num_prompts = prompts.shape[0]
   batch_size = num_prompts * num_samples
   if prompt_ids is None:
@@ -135,6 +132,14 @@ def sample(
   return final.samples._replace(truncated=~final.done)
 
 
+def _check_bounded(top_k: int | None) -> None:
+  if top_k is None:
+    raise ValueError(
+      'record_kept=True needs top_k, which bounds the recorded set:'
+      ' set it, for example, to 128'
+    )
+
+
 def _prefill(
   model: Model, params: Any, prompts: Array, prompt_mask: Array
 ) -> tuple[Array, Any]:
@@ -180,7 +185,7 @@ def _write(
 ) -> Samples:
   """Put a drawn token into its column, unless the sequence has ended."""
 
-  def column(buffer: Array, value: Array) -> Array:
+  def column(buffer: Any, value: Array) -> Array:
     live = ~done if value.ndim == 1 else ~done[:, None]
     return buffer.at[:, step].set(
       jnp.where(live, value.astype(buffer.dtype), buffer[:, step])

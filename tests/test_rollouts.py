@@ -1,0 +1,66 @@
+"""Which groups make an iteration, and what a completion is worth."""
+
+import numpy as np
+
+from postrain.rollouts import informative_rows, select_groups, weighted_sum
+from postrain.types import Prompts, Samples
+
+
+def part(first: int, width: int, rewards: list[list[float]]) -> tuple:
+  """Prompts ``first``, ``first + 1``, ... with as many samples as rewards."""
+  num_prompts, num_samples = np.shape(rewards)
+  numbers = np.arange(first, first + num_prompts)
+  prompts = Prompts(
+    np.repeat(numbers[:, None], width, 1),
+    np.ones((num_prompts, width), bool),
+    [{'number': int(n)} for n in numbers],
+  )
+  rows = np.repeat(numbers, num_samples)[:, None]
+  empty = np.zeros(rows.shape, np.float32)
+  samples = Samples(
+    rows, rows >= 0, empty, empty, np.zeros(len(rows), bool), None
+  )
+  return prompts, samples, {'right': np.ravel(rewards).astype(np.float32)}
+
+
+SAME, MIXED = [1.0, 1.0], [0.0, 1.0]
+
+
+def test_weighted_sum() -> None:
+  rewards = {'a': np.array([1.0, 2.0]), 'b': np.array([10.0, 0.0])}
+  total = weighted_sum(rewards, {'a': 2.0, 'b': -0.5})
+  np.testing.assert_array_equal(total, [-3.0, 4.0])
+  assert total.dtype == np.float32
+
+
+def test_informative_rows_span_all_parts() -> None:
+  totals = [np.array([1.0, 1, 0, 1]), np.array([0.0, 0, 2, 3])]
+  found = informative_rows(totals, 2)
+  assert found.tolist() == [False, True, False, True]
+
+
+def test_one_part_is_taken_as_it_is() -> None:
+  parts = [part(0, 2, [SAME, MIXED])]
+  assert select_groups(parts, np.array([False, True]), 2, 9) is parts[0]
+
+
+def test_informative_groups_come_first_and_keep_their_order() -> None:
+  parts = [part(0, 2, [SAME, MIXED]), part(2, 3, [MIXED, SAME])]
+  informative = np.array([False, True, True, False])
+  prompts, samples, rewards = select_groups(parts, informative, 2, 9)
+  assert [e['number'] for e in prompts.examples] == [1, 2]
+  # The narrower prompt is padded on the left.
+  assert prompts.tokens.tolist() == [[9, 1, 1], [2, 2, 2]]
+  assert prompts.mask.tolist() == [[False, True, True], [True] * 3]
+  assert samples.tokens[:, 0].tolist() == [1, 1, 2, 2]
+  assert samples.kept is None
+  assert rewards['right'].tolist() == [*MIXED, *MIXED]
+
+
+def test_missing_groups_are_filled_up_with_the_earliest_others() -> None:
+  parts = [part(0, 2, [SAME, SAME]), part(2, 2, [SAME, MIXED])]
+  informative = np.array([False, False, False, True])
+  prompts, samples, rewards = select_groups(parts, informative, 2, 9)
+  assert [e['number'] for e in prompts.examples] == [0, 3]
+  assert samples.tokens[:, 0].tolist() == [0, 0, 3, 3]
+  assert rewards['right'].tolist() == [*SAME, *MIXED]
