@@ -31,7 +31,10 @@ def get_config(folder: str = 'gsm8k') -> ConfigDict:
     too_long='drop',
   )
   config.model = dict(
-    name='pretrained', directory='DIR', dtype='float32', remat='nothing_saveable'
+    name='pretrained',
+    directory='DIR',
+    dtype='float32',
+    remat='nothing_saveable',
   )
   config.rewards = dict(
     accuracy=dict(name='accuracy', weight=1.0, extract='marker'),

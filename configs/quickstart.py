@@ -26,12 +26,17 @@ def get_config() -> ConfigDict:
   )
   config.sampling.num_samples = 8
   config.sampling.max_new_tokens = 4
-  config.sft.num_steps = 300
+  config.filter.informative_only = True
+  config.filter.max_rollouts = 4
+  config.sft.num_steps = 190
   config.sft.batch_size = 128
   config.sft.optimizer = base.adamw(learning_rate=1e-3)
-  config.rl.num_iterations = 200
+  config.rl.num_iterations = 250
   config.rl.num_prompts = 64
-  config.rl.optimizer = base.adamw(learning_rate=3e-4)
+  config.rl.num_minibatches = 2
+  config.rl.optimizer = base.adamw(
+    learning_rate=5e-4, schedule='linear', warmup_steps=20, total_steps=500
+  )
   config.evaluation.every = 50
   config.evaluation.grader = 'exact'
   config.evaluation.num_prompts = 512

@@ -11,9 +11,7 @@ from configs import base
 
 def get_config() -> ConfigDict:
   config = base.get_config()
-  config.environment = dict(
-    name='task', task=dict(name='sort', hold_out=False)
-  )
+  config.environment = dict(name='task', task=dict(name='sort', hold_out=False))
   config.model = dict(name='sort_policy', embed_dim=4)
   config.rewards = dict(
     inclusion_ordering=dict(name='inclusion_ordering', weight=1.0),

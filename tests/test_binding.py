@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def test_a_bound_function_is_the_function_with_its_hyperparameters():
   ids=str,
 )
 def test_errors_name_the_value_and_list_what_exists(block, said):
-  with pytest.raises(ValueError) as error:  # noqa: PT011
+  with pytest.raises(ValueError, match=re.escape(said[0])) as error:
     bind(losses, block)
   for words in ['postrain.losses', *said]:
     assert words in str(error.value)
@@ -116,7 +117,7 @@ def test_errors_name_the_value_and_list_what_exists(block, said):
   ],
 )  # fmt: skip
 def test_errors_of_other_types(module, block, said):
-  with pytest.raises(ValueError) as error:  # noqa: PT011
+  with pytest.raises(ValueError, match=re.escape(said[0])) as error:
     bind(module, block)
   for words in said:
     assert words in str(error.value)

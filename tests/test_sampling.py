@@ -288,13 +288,19 @@ def test_the_stop_token_is_kept_and_nothing_after_it():
 
 def test_a_stop_in_the_last_slot_is_no_truncation():
   tokens = np.asarray(greedy().tokens)[::GROUP]
-  new = [tokens[i, 2] not in tokens[i, :2] for i in range(3)]
-  row = new.index(True)
-  last = int(tokens[row, 2])
-  ended = draw(
-    temperature=None, stop_ids=(last,), max_new_tokens=3, num_samples=1
+  row, last = next(
+    (row, t)
+    for row in range(3)
+    for t in range(1, NEW)
+    if tokens[row, t] not in tokens[row, :t]
   )
-  np.testing.assert_array_equal(ended.tokens[row], tokens[row, :3])
+  ended = draw(
+    temperature=None,
+    stop_ids=(int(tokens[row, last]),),
+    max_new_tokens=last + 1,
+    num_samples=1,
+  )
+  np.testing.assert_array_equal(ended.tokens[row], tokens[row, : last + 1])
   assert ended.mask[row].all()
   assert not ended.truncated[row]
 

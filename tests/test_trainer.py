@@ -203,9 +203,10 @@ def test_stopping_and_going_on_changes_no_bit(
       trainer.run()
   # After the last row, before the run is called finished; twice.
   for _ in range(2):
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
       patch.setattr(metrics, 'curves', raising)
-      run(config, tmp_path / 'parts')
+      with pytest.raises(Stop):
+        run(config, tmp_path / 'parts')
     assert not (tmp_path / 'parts' / 'finished.json').exists()
     assert rows(tmp_path / 'parts')[-1]['step'] == 7
   parts = run(config, tmp_path / 'parts')
