@@ -4,12 +4,10 @@ No recipe by itself: it has no environment. See `postrain.recipe` for what the
 fields mean.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict, config_dict
 
 
-def adamw(**changes: Any) -> dict[str, Any]:
+def adamw(**changes: object) -> dict[str, object]:
   """The optimiser block with every field, so that each can be overridden."""
   return {
     **dict(

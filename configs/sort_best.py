@@ -11,9 +11,7 @@ from configs import base
 
 def get_config() -> ConfigDict:
   config = base.get_config()
-  config.environment = dict(
-    name='task', task=dict(name='sort', hold_out=False)
-  )
+  config.environment = dict(name='task', task=dict(name='sort', hold_out=False))
   config.model = dict(name='sort_policy', embed_dim=64)
   config.rewards = dict(
     multiset_ordering=dict(name='multiset_ordering', weight=1.0),

@@ -4,7 +4,7 @@ Sample, reward, advantage and update are scanned over iterations, and seeds and
 numeric hyperparameters are vmapped over: an ablation of 32 seeds is one call.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
@@ -55,13 +55,26 @@ def run(
   Raises:
     ValueError: the config needs the host, or an array does not match ``seeds``.
   """
-  config, hyperparameters = plain(config), dict(hyperparameters or {})
-  _check(config, seeds, hyperparameters)
+  return make(config)(seeds, hyperparameters)
+
+
+def make(config: Any) -> Callable[..., Any]:
+  """Make ``runs(seeds, hyperparameters)`` of `run`, compiled once a shape."""
+  config = plain(config)
 
   def one(seed: Array, values: dict[str, Array]) -> Any:
     return _loop(_override(config, values), seed)
 
-  return jax.jit(jax.vmap(one))(seeds, hyperparameters)
+  compiled = jax.jit(jax.vmap(one))
+
+  def runs(
+    seeds: Array, hyperparameters: Mapping[str, Array] | None = None
+  ) -> Any:
+    values = dict(hyperparameters or {})
+    _check(config, seeds, values)
+    return compiled(seeds, values)
+
+  return runs
 
 
 def _check(

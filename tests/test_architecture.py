@@ -30,7 +30,7 @@ LAYERS = (
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
-    *('environments', 'evaluator', 'recipe', 'trainer'),
+    *('environments', 'evaluator', 'recipe', 'states', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}
@@ -40,9 +40,10 @@ COMPILERS = {'checkpoints', 'evaluation', 'sampling.engine', 'sharding'}
 SHARDING_NAMES = {'Mesh', 'NamedSharding', 'PartitionSpec'}
 FORBIDDEN_WORDS = ('utils', 'helper', 'manager')
 FORBIDDEN_PREFIXES = ('compute_', 'get_')
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 300  # without docstrings
 MAX_FUNCTION_LINES = 50  # without docstring and inner functions
-LONG_ALLOWED: frozenset[str] = frozenset()  # paths, and dotted function names
+# Paths, and dotted function names; the script is a table of peers' cases.
+LONG_ALLOWED = frozenset({'experiments/golden/check.py'})
 
 
 def part(module: str) -> str:
@@ -223,6 +224,18 @@ def own_lines(function: ast.FunctionDef) -> int:
   return lengths[0] - sum(lengths[1:])
 
 
+def undocumented_lines(source: str) -> int:
+  """Lines of a file without its docstrings."""
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+  docstrings = [
+    node.body[0]
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, documented) and ast.get_docstring(node) is not None
+  ]
+  written = sum(d.end_lineno - d.lineno + 1 for d in docstrings)
+  return len(source.splitlines()) - written
+
+
 def short_functions(module: str, tree: ast.Module) -> Iterator[str]:
   """A function fits on a screen."""
   for node in ast.walk(tree):
@@ -307,7 +320,7 @@ def test_files_are_short(folder):
   long = {
     str(path.relative_to(ROOT)): size
     for path in sources(folder)
-    if (size := len(path.read_text().splitlines())) > MAX_FILE_LINES
+    if (size := undocumented_lines(path.read_text())) > MAX_FILE_LINES
   }
   assert long.keys() <= LONG_ALLOWED, long
 

@@ -109,7 +109,7 @@ FIELDS = [
 @pytest.mark.parametrize(
   ('base', 'changes', 'message'),
   FIELDS,
-  ids=[' '.join(f'{k}={v!r:.30}' for k, v in c.items()) for _, c, _ in FIELDS],
+  ids=[f'{n}-{" ".join(c)}' for n, (_, c, _) in enumerate(FIELDS)],
 )
 def test_field(
   base: str, changes: dict, message: str, tmp_path: pathlib.Path
