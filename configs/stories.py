@@ -1,5 +1,21 @@
 """GRPO from a real pretrained model: short stories that name an animal.
 
+GRPO (Shao et al. 2024, arXiv:2402.03300), advantages normalised by group, KL to
+the frozen reference (k3) in the loss, mean over the tokens of the batch. A
+Llama of 260K parameters, trained on TinyStories, learns to tell a story that
+ends by itself within 192 tokens, where its own take about 300, and in which an
+animal has a name. Its stories are separated by BOS and have no end of their
+own: both ids stop a completion. Half a point each for ending and for naming
+show the way while whole successes are rare.
+
+Expected, sampled at temperature 1 from openings and names that training never
+sees (16 prompts, 32 samples each), mean of seeds 0, 1, 2: share of stories
+0.005 before, 0.779 after (0.805, 0.752, 0.779), paired gain 0.773 with the 95 %
+interval [0.735, 0.811]; KL to the reference 25.6 nats a story, 0.22 a token;
+log-prob per token under the reference -1.41 before, -1.50 after. Greedy
+completions may loop to the limit: 0.25, 0.81, 1.00 of them are stories. See
+experiments/stories. Time on two cores, shared with other work: 5 to 12 minutes.
+
   python experiments/train.py --config=configs/stories.py \\
     --workdir=runs/stories \\
     --config.model.directory=DIR --config.environment.tokenizer.directory=DIR
