@@ -18,6 +18,7 @@ from postrain.batches import minibatch_rows
 from postrain.binding import bind
 from postrain.checks import check_assembly
 from postrain.environments import Environment
+from postrain.environments.synthetic import grade
 from postrain.keys import minibatch_key, prompt_keys, run_key
 from postrain.recipe import Recipe, make_recipe, plain
 from postrain.train_step import merge, value
@@ -25,7 +26,6 @@ from postrain.types import (
   Batch,
   Metrics,
   Params,
-  Samples,
   Task,
   TrainState,
 )
@@ -158,7 +158,7 @@ def _iterate(
   prompts, prompt_mask = jax.vmap(task.prompt)(keys)
   key = run_key(seed, 'sample', iteration)
   samples = algorithm.sample(state.params, prompts, prompt_mask, key, ids)
-  rewards = _rewards(recipe, task, prompts, samples)
+  rewards = grade(task, recipe.rewards, prompts, samples.tokens, samples.mask)
   weighted = [w * rewards[label] for label, w in environment.weights.items()]
   total = jnp.sum(jnp.stack(weighted), axis=0)
   batch, figures, _ = algorithm.prepare(
@@ -169,16 +169,6 @@ def _iterate(
   figures = {k: value(v) for k, v in {**figures, **updates}.items()}
   means = {f'reward/{k}': v.mean() for k, v in rewards.items()}
   return state, {'reward': total.mean(), **means, **figures}
-
-
-def _rewards(
-  recipe: Recipe, task: Task, prompts: Array, samples: Samples
-) -> dict[str, Array]:
-  prompts = jnp.repeat(prompts, recipe.sampling.num_samples, axis=0)
-  return {
-    label: task.rewards[block['name']](prompts, samples.tokens, samples.mask)
-    for label, block in recipe.rewards.items()
-  }
 
 
 def _optimise(

@@ -24,7 +24,7 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
     task: block for `postrain.tasks`.
   """
   chosen: Task = bind(tasks, task)()
-  grade = jax.jit(functools.partial(_grade, chosen, rewards))
+  judge = jax.jit(functools.partial(grade, chosen, rewards))
   draw = jax.jit(
     functools.partial(_draw, chosen), static_argnames=('held_out',)
   )
@@ -67,7 +67,7 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
     and functools.partial(demonstrations, chosen.solution),
     rewards=lambda drawn, samples: {
       label: np.asarray(values)
-      for label, values in grade(
+      for label, values in judge(
         drawn.tokens, samples.tokens, samples.mask
       ).items()
     },
@@ -84,9 +84,10 @@ def _draw(
   return jax.vmap(functools.partial(task.prompt, held_out=held_out))(keys)
 
 
-def _grade(
+def grade(
   task: Task, rewards: Mapping[str, Any], prompts: Any, tokens: Any, mask: Any
 ) -> dict[str, Any]:
+  """Rewards by label of the samples [B T] of prompts [P S]; jittable."""
   prompts = jnp.repeat(prompts, tokens.shape[0] // prompts.shape[0], axis=0)
   return {
     label: task.rewards[block['name']](prompts, tokens, mask)
