@@ -22,29 +22,34 @@ def get_config() -> ConfigDict:
     name='task', task=dict(name='arithmetic', num_digits=2)
   )
   config.model = dict(
-    name='transformer', num_layers=2, model_dim=128, mlp_dim=512,
-    num_heads=4, num_kv_heads=4, head_dim=32, max_length=32,
+    name='transformer', num_layers=3, model_dim=64, mlp_dim=256,
+    num_heads=4, num_kv_heads=4, head_dim=16, max_length=32,
   )  # fmt: skip
-  config.rewards = dict(
-    exact=dict(name='exact', weight=1.0), digits=dict(name='digits', weight=0.0)
-  )
+  config.rewards = dict(exact=dict(name='exact', weight=1.0))
   config.sampling.num_samples = 8
   config.sampling.max_new_tokens = 4
   config.filter.informative_only = True
   config.filter.max_rollouts = 4
-  config.sft.num_steps = 190
-  config.sft.batch_size = 128
-  config.sft.optimizer = base.adamw(learning_rate=1e-3)
-  config.rl.num_iterations = 250
+  config.sft.num_steps = 300
+  config.sft.batch_size = 64
+  config.sft.num_examples = 700
+  config.sft.num_micro_batches = 2
+  config.sft.optimizer = base.adamw(
+    learning_rate=4e-3, schedule='linear', warmup_steps=20, total_steps=300,
+    weight_decay=1.0,
+  )  # fmt: skip
+  config.rl.num_iterations = 800
   config.rl.num_prompts = 64
-  config.rl.num_minibatches = 2
+  config.rl.num_minibatches = 4
+  config.rl.num_micro_batches = 2
+  config.rl.num_score_slices = 4
   config.rl.optimizer = base.adamw(
-    learning_rate=5e-4, schedule='linear', warmup_steps=20, total_steps=500
+    learning_rate=1e-3, schedule='linear', warmup_steps=20, total_steps=3200
   )
-  config.evaluation.every = 50
+  config.evaluation.every = 100
   config.evaluation.grader = 'exact'
-  config.evaluation.num_prompts = 512
-  config.evaluation.batch_size = 512
-  config.logging.table_every = 50
-  config.checkpoint.every = 100
+  config.evaluation.num_prompts = 1000
+  config.evaluation.batch_size = 1000
+  config.logging.table_every = 100
+  config.checkpoint.every = 300
   return config

@@ -40,6 +40,7 @@ def get_config(folder: str = 'gsm8k') -> ConfigDict:
   config.sampling.max_new_tokens = 192
   config.sft.num_steps = 300
   config.sft.batch_size = 16
+  config.sft.num_micro_batches = 4
   config.sft.optimizer = base.adamw(
     learning_rate=2e-3, schedule='cosine', warmup_steps=20, total_steps=300
   )

@@ -169,7 +169,15 @@ def pack(
   ]
   *layout, slot = (np.stack(x) for x in zip(*pieces, strict=True))
   arrays = [*join(layout), join(slot, unit_size)]
-  return Packing(*map(jnp.asarray, arrays))
+  source, segment_ids, positions, slot = map(jnp.asarray, arrays)
+  return Packing(
+    source=source,
+    segment_ids=segment_ids,
+    positions=positions,
+    slot=slot,
+    num_slices=num_slices,
+    unit_size=unit_size,
+  )
 
 
 def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:
@@ -226,6 +234,24 @@ def cut(tree: Any, num_slices: int, unit_size: int = 1) -> Any:
     return units.swapaxes(0, 1).reshape(num_slices, -1, *x.shape[1:])
 
   return jax.tree.map(cut_leaf, tree)
+
+
+def check_packing(
+  packing: Packing | None, num_slices: int, unit_size: int
+) -> None:
+  """Refuse a layout whose indices point into other slices.
+
+  Raises:
+    ValueError: it was made for another number of slices or another unit.
+  """
+  if packing is None:
+    return
+  made_for = packing.num_slices, packing.unit_size
+  if made_for != (num_slices, unit_size):
+    raise ValueError(
+      f'packing was made for num_slices={made_for[0]}, unit_size={made_for[1]}'
+      f' and is used for {num_slices} and {unit_size}: pack the batch again'
+    )
 
 
 def cut_batch(batch: Batch, num_slices: int) -> list[Array]:

@@ -41,6 +41,11 @@ def check_assembly(
       f' {recipe.environment["name"]!r} has no demonstrations: name their field'
       ' (environment.completion of texts), or set sft.num_steps=0'
     )
+  if recipe.filter.overlong == 'mask' and not environment.stop_ids:
+    raise ValueError(
+      "filter.overlong='mask', but no token ends a completion: every one would"
+      " count as truncated and nothing would train; set it to 'keep'"
+    )
   shards = recipe.mesh.data * recipe.mesh.fsdp
   if recipe.rl.num_iterations:
     _check_groups(recipe)

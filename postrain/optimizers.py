@@ -64,13 +64,17 @@ def adam(
   """
   return optax.chain(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-    optax.scale_by_learning_rate(learning_rate),
+    optax.scale_by_learning_rate(_constant(learning_rate)),
   )
 
 
 def sgd(*, learning_rate: Scalar) -> optax.GradientTransformation:
   """Plain gradient descent."""
-  return optax.scale_by_learning_rate(learning_rate)
+  return optax.scale_by_learning_rate(_constant(learning_rate))
+
+
+def _constant(rate: Scalar) -> Any:
+  return learning_rate_schedule(rate, 'constant', 0, None)
 
 
 def learning_rate_schedule(
@@ -83,6 +87,13 @@ def learning_rate_schedule(
     )
   if schedule != 'constant' and total_steps is None:
     raise ValueError(f'schedule={schedule!r} needs total_steps')
+  if isinstance(peak, int | float) and peak < 0:
+    raise ValueError(f'learning_rate={peak}: it must be at least 0')
+  if schedule != 'constant' and (total_steps or 0) <= warmup_steps:
+    raise ValueError(
+      f'total_steps={total_steps} leaves no step behind warmup_steps='
+      f'{warmup_steps}: raise it, or lower warmup_steps'
+    )
   if schedule == 'constant' and not warmup_steps:
     return peak
   rise = optax.schedules.linear_schedule(0.0, peak, max(warmup_steps, 1))

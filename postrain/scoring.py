@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from postrain.batches import cut, join
+from postrain.batches import check_packing, cut, join
 from postrain.logprobs import map_time_chunks, token_entropy, token_logprobs
 from postrain.types import Model, Packing, Scalar
 
@@ -105,7 +105,11 @@ def score(
     num_slices: slices of the batch that run one after the other; it must
       divide B.
     packing: layout made for the same ``num_slices`` and units of one row.
+
+  Raises:
+    ValueError: the packing was made for other slices.
   """
+  check_packing(packing, num_slices, 1)
 
   def score_slice(piece: tuple) -> Scores:
     tokens, valid, mask, packing = piece

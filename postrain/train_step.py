@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from postrain.batches import cut_batch
+from postrain.batches import check_packing, cut_batch
 from postrain.dtypes import promoted
 from postrain.types import (
   Batch,
@@ -78,6 +78,7 @@ def accumulate(
   num_micro_batches: int,
 ) -> tuple[Any, Metrics]:
   """Sum gradients and merge metrics over strided micro-batches."""
+  check_packing(batch.packing, num_micro_batches, batch.unit_size)
   grad = jax.grad(objective, has_aux=True)
   if num_micro_batches == 1:
     return grad(params, frozen, batch)

@@ -159,12 +159,16 @@ class Packing:
     positions: position within the sequence.
     slot: flat index into the slice's ``[r, w]`` slots for each token; 0 where
       the token is padding.
+    num_slices: slices that it was made for.
+    unit_size: rows of a unit that it was made for.
   """
 
   source: Int[Array, 'R W']
   segment_ids: Int[Array, 'R W']
   positions: Int[Array, 'R W']
   slot: Int[Array, 'B T']
+  num_slices: int = flax.struct.field(pytree_node=False, default=1)
+  unit_size: int = flax.struct.field(pytree_node=False, default=1)
 
 
 @flax.struct.dataclass

@@ -11,6 +11,7 @@ from postrain import advantages, aggregation, importance
 from postrain.batches import (
   assemble,
   call_by_name,
+  check_packing,
   cut,
   cut_batch,
   join,
@@ -232,6 +233,14 @@ def test_packing_says_what_does_not_fit():
     pack(valid, width=5)
   with pytest.raises(ValueError, match='4 rows are needed, num_rows=3'):
     pack(valid, width=6, num_rows=3)
+
+
+def test_packing_for_other_slices_is_refused():
+  packing = pack(np.ones((4, 6), bool), width=6, num_slices=2)
+  check_packing(packing, 2, 1)
+  for num_slices, unit_size in ((1, 1), (4, 1), (2, 2)):
+    with pytest.raises(ValueError, match=r'num_slices=2.*pack the batch again'):
+      check_packing(packing, num_slices, unit_size)
 
 
 def test_a_cut_batch_has_its_leaves_in_their_order():

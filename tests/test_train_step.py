@@ -246,3 +246,7 @@ def test_schedules_that_cannot_be():
     optimizers.learning_rate_schedule(1.0, 'step', 0, 6)
   with pytest.raises(ValueError, match='needs total_steps'):
     optimizers.learning_rate_schedule(1.0, 'cosine', 0, None)
+  with pytest.raises(ValueError, match='leaves no step behind warmup_steps=6'):
+    optimizers.learning_rate_schedule(1.0, 'linear', 6, 6)
+  with pytest.raises(ValueError, match=r'learning_rate=-1\.0'):
+    optimizers.learning_rate_schedule(-1.0, 'constant', 0, None)
