@@ -1,0 +1,38 @@
+"""One or more calls of every public function of the mathematics.
+
+The contract test runs each through all that a loss, estimator or advantage
+must withstand.
+"""
+
+from cases import advantages as _advantages
+from cases import aggregation as _aggregation
+from cases import logprobs as _logprobs
+from cases import losses as _losses
+from cases import mismatch as _mismatch
+from cases.record import Case
+from postrain import (
+  advantages,
+  aggregation,
+  importance,
+  kl,
+  logprobs,
+  losses,
+  masks,
+)
+
+__all__ = ['MODULES', 'Case', 'cases']
+
+MODULES = (
+  advantages,
+  aggregation,
+  importance,
+  kl,
+  logprobs,
+  losses,
+  masks,
+)
+
+
+def cases() -> list[Case]:
+  parts = (_advantages, _aggregation, _logprobs, _losses, _mismatch)
+  return [case for part in parts for case in part.cases()]
