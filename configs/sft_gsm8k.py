@@ -38,11 +38,11 @@ def get_config(folder: str = 'gsm8k') -> ConfigDict:
     format=dict(name='answer_format', weight=0.1),
   )
   config.sampling.max_new_tokens = 192
-  config.sft.num_steps = 300
+  config.sft.num_steps = 120
   config.sft.batch_size = 16
   config.sft.num_micro_batches = 4
   config.sft.optimizer = base.adamw(
-    learning_rate=2e-3, schedule='cosine', warmup_steps=20, total_steps=300
+    learning_rate=2e-3, schedule='cosine', warmup_steps=20, total_steps=120
   )
   config.evaluation.every = 100
   config.evaluation.grader = 'accuracy'
