@@ -1,11 +1,13 @@
 """Two-digit addition, from nothing: a short warm-up, then GRPO with a verifier.
 
-A small transformer first imitates a few demonstrations, enough to write numbers
-but not to add, and then learns to add from the exact-match reward alone.
+A small transformer first imitates 700 demonstrations, enough to write numbers
+but not to add most of them, and then learns to add from the exact-match reward
+alone. Groups whose samples are all right or all wrong are sampled again, up to
+four rollouts an iteration.
 
-Held-out exact match, greedy: 0.449 after the warm-up, 0.873 at the end (seed 0;
-one seed so far). Groups whose samples are all right or all wrong are sampled
-again, up to four rollouts an iteration.
+Held-out exact match, greedy, 1000 prompts: 0.309 after the warm-up (0.373,
+0.269, 0.284), 0.964 at the end (0.974, 0.959, 0.960; seeds 0 to 2, each on one
+core: the number of cores moves the last bits). About three minutes on two.
 
   python experiments/train.py --config=configs/quickstart.py \\
     --workdir=runs/quickstart

@@ -9,6 +9,8 @@ from typing import Any
 class Console:
   """Show a run: a progress bar on a terminal, plain lines anywhere else.
 
+  Of a long run about a hundred plain lines, and those with an evaluation.
+
   Close it even when the run fails (``contextlib.closing``), or the terminal
   stays without a cursor.
 
@@ -52,7 +54,9 @@ class Console:
     """Show the headline of a step, with the times of `StepTimer` if given."""
     line = summary(step, self.num_steps, figures, self.headline)
     if self._live is None:
-      print(line, flush=True)
+      turn = step % max(1, self.num_steps // 100) == 0
+      if turn or any(name.startswith('eval/') for name in figures):
+        print(line, flush=True)
       return
     import rich.console
     import rich.text

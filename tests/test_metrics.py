@@ -314,6 +314,19 @@ def test_console_prints_plain_lines_where_there_is_no_terminal(capsys):
   assert capsys.readouterr().out == LINE + '\n'
 
 
+def test_console_prints_a_hundred_lines_of_a_long_run(capsys):
+  console = metrics.Console(1000, headline=('loss', 'eval/greedy'))
+  for step in range(1001):
+    evaluated = {'eval/greedy': 0.5} if step == 7 else {}
+    console.write(step, {'loss': 1.0, **evaluated})
+  console.close()
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split('/')[0] for line in lines[:3]] == [
+    'step    0', 'step    7', 'step   10'
+  ]  # fmt: skip
+  assert len(lines) == 102
+
+
 ROWS = [
   {
     'prompt': f'[bold]{i}+1=',
