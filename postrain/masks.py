@@ -381,7 +381,7 @@ def _largest(scores: Array, eligible: Array, count: Array) -> Array:
   return eligible & (rank < count)
 
 
-def _uniform(key: Array, shape: tuple[int, int]) -> Array:
+def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
   def draw(row: Array, column: Array) -> Array:
     place = jax.random.fold_in(jax.random.fold_in(key, row), column)
     return jax.random.uniform(place, (), jnp.float32)

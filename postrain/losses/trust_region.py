@@ -67,15 +67,15 @@ def minirl(
   logprobs, old_logprobs, sampler_logprobs, advantages = promoted(
     logprobs, old_logprobs, sampler_logprobs, advantages
   )
-  limit = {'max_log_ratio': max_log_ratio}
   advantages = jnp.where(mask, stop_gradient(advantages), 0)
+  fixed = stop_gradient(logprobs)
   ratios = importance.ratio(
-    stop_gradient(logprobs), old_logprobs, mask, **limit
+    fixed, old_logprobs, mask, max_log_ratio=max_log_ratio
   )
   _, flags = bounded(ratios, advantages, 1 - clip_low, 1 + clip_high)
   kept = mask & ~flags['clip_low'] & ~flags['clip_high']
   weights = importance.truncated(
-    logprobs, sampler_logprobs, mask, cap=cap, **limit
+    fixed, sampler_logprobs, mask, cap=cap, max_log_ratio=max_log_ratio
   )
   values = weighted_logprobs(weights * advantages, logprobs, kept)
   metrics = indicators(flags, mask, values) | {'weight': weights}
@@ -175,10 +175,10 @@ def kl_cov(
     logprobs, old_logprobs, advantages
   )
   args = (logprobs, old_logprobs, mask)
-  limit = {'max_log_ratio': max_log_ratio}
   advantages = jnp.where(mask, stop_gradient(advantages), 0)
-  penalty = jnp.where(mask & selected, kl.absolute(*args, **limit), 0)
-  ratios = jnp.where(mask, importance.ratio(*args, **limit), 0)
+  distance = kl.absolute(*args, max_log_ratio=max_log_ratio)
+  penalty = jnp.where(selected, distance, 0)
+  ratios = importance.ratio(*args, max_log_ratio=max_log_ratio)
   values = kl_coef * penalty - ratios * advantages
   metrics = indicators({'selected': selected}, mask, values)
   metrics['penalty'] = stop_gradient(penalty)
