@@ -26,12 +26,15 @@ from jaxtyping import Bool, Float
 from postrain.dtypes import Scalar, promoted
 
 __all__ = [
+  'decomposition',
   'effective_sample_size',
   'limit_hits',
   'log_ratio',
   'masked',
   'mismatch_metrics',
+  'product_ratio',
   'ratio',
+  'self_normalized',
   'sequence_log_ratio',
   'sequence_ratio',
   'truncated',
@@ -174,6 +177,35 @@ def sequence_ratio(
   return jnp.exp(_limited(log_s, max_log_ratio))
 
 
+def product_ratio(
+  logprobs: Float[Array, 'B T'],
+  old_logprobs: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  *,
+  max_log_ratio: Scalar | None = 20.0,
+) -> Float[Array, ' B']:
+  """Ratio of the probabilities of a whole sequence.
+
+      w = exp(Σ_t (log π(y_t) − log π_old(y_t)))
+
+  The importance weight: E_old[w f] = E_π[f]. With iid log-ratios of variance
+  s² its variance is exp(T s²) − 1, that of `sequence_ratio` about s² / T.
+
+  Args:
+    logprobs: of the current policy; the gradient flows here.
+    old_logprobs: of the policy that generated the tokens, constants.
+    mask, max_log_ratio: see the module; an empty row gives 1.
+
+  Returns:
+    One w > 0 for each sequence.
+
+  References:
+    Precup et al., 2000, Eligibility Traces for Off-Policy Policy Evaluation.
+  """
+  delta = log_ratio(logprobs, old_logprobs, mask, max_log_ratio=None)
+  return jnp.exp(_limited(jnp.sum(delta, axis=1), max_log_ratio))
+
+
 def truncated(
   old_logprobs: Float[Array, 'B T'],
   sampler_logprobs: Float[Array, 'B T'],
@@ -246,6 +278,46 @@ def masked(
   return jnp.where(inside, weights, 0)
 
 
+def self_normalized(
+  weights: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  *,
+  level: Literal['token', 'sequence'] = 'token',
+) -> Float[Array, 'B T']:
+  """Importance weights divided by their mean.
+
+      w / mean(w)
+
+  A rollout whose weights are all small keeps its step size, at the price of a
+  bias of order 1 / n.
+
+  Args:
+    weights: at least 0, of `truncated` or `masked`.
+    mask: see the module.
+    level: mean over 'token's, or over 'sequence's of the mean of each.
+
+  Returns:
+    Constant weights of mean 1, 0 off the mask; 0 where all are.
+
+  Raises:
+    ValueError: unknown level.
+
+  References:
+    Owen, 2013, Monte Carlo Theory, Methods and Examples (self-normalised
+    importance sampling).
+  """
+  (weights,) = promoted(weights)
+  weights = jnp.where(mask, jax.lax.stop_gradient(weights), 0)
+  if level == 'token':
+    mean = _mean(weights, mask)
+  elif level == 'sequence':
+    length = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(weights.dtype)
+    mean = _mean(jnp.sum(weights, axis=1) / length, jnp.any(mask, axis=1))
+  else:
+    raise ValueError(f"level is {level!r}; choose 'token' or 'sequence'")
+  return weights / jnp.where(mean > 0, mean, 1)
+
+
 def effective_sample_size(
   weights: Float[Array, '*n'], mask: Bool[Array, '*n']
 ) -> Float[Array, '']:
@@ -279,37 +351,112 @@ def mismatch_metrics(
 ) -> dict[str, Float[Array, '']]:
   """Distance of learner and sampler on the sampler's own tokens.
 
-      x = log π_old − log μ:  E[−x],  E[eˣ − 1 − x],  E[e²ˣ] − 1,  max |x|
+      x = log π_old − log μ:  E[−x],  E[eˣ − 1 − x],  E[x eˣ − eˣ + 1],
+      E[e²ˣ] − 1,  max |x|
 
-  Means over the tokens of the mask; of a whole rollout, so that the maximum
-  and the effective sample size need no merging.
+  Means over the tokens of the mask, or over the sequences that have any; of a
+  whole rollout, so that the maximum and the effective sample size need no
+  merging.
 
   Args:
     old_logprobs, sampler_logprobs, mask, max_log_ratio: see the module.
 
   Returns:
-    Scalars: 'kl' and 'k3' estimate KL(μ‖π_old), 'chi_squared' χ²(π_old‖μ),
-    'gap' and 'max_gap' of |x|, 'effective_sample_size' of the tokens' ratios,
-    'limit_hits' the share of |x| above the limit.
+    Scalars. Of tokens: 'kl' and 'k3' estimate KL(μ‖π_old), 'reverse_kl'
+    KL(π_old‖μ), 'chi_squared' χ²(π_old‖μ), 'gap' and 'max_gap' of |x|,
+    'effective_sample_size' of the ratios, 'limit_hits' the share of |x| above
+    the limit. Of sequences: 'sequence_chi_squared',
+    'sequence_effective_sample_size', 'perplexity' of the learner,
+    'sampler_perplexity', and 'perplexity_ratio', the mean of their quotients.
   """
   args = (old_logprobs, sampler_logprobs, mask)
   raw = jax.lax.stop_gradient(log_ratio(*args, max_log_ratio=None))
   limited = _limited(raw, max_log_ratio)
   ratios = jnp.exp(limited)
-  count = jnp.maximum(jnp.sum(mask), 1).astype(raw.dtype)
-
-  def mean(x: Array) -> Array:
-    return jnp.sum(jnp.where(mask, x, 0)) / count
-
+  hits = limit_hits(*args, max_log_ratio=max_log_ratio)
   return {
-    'kl': mean(-raw),
-    'k3': mean(jnp.expm1(limited) - limited),
-    'chi_squared': mean(jnp.square(ratios) - 1),
-    'gap': mean(jnp.abs(raw)),
+    'kl': _mean(-raw, mask),
+    'k3': _mean(jnp.expm1(limited) - limited, mask),
+    'reverse_kl': _mean(ratios * limited - jnp.expm1(limited), mask),
+    'chi_squared': _mean(jnp.square(ratios) - 1, mask),
+    'gap': _mean(jnp.abs(raw), mask),
     'max_gap': jnp.max(jnp.abs(raw), initial=0),
     'effective_sample_size': effective_sample_size(ratios, mask),
-    'limit_hits': mean(limit_hits(*args, max_log_ratio=max_log_ratio)),
+    'limit_hits': _mean(hits, mask),
+  } | _sequence_metrics(*args, max_log_ratio)
+
+
+def decomposition(
+  logprobs: Float[Array, 'B T'],
+  old_logprobs: Float[Array, 'B T'],
+  sampler_logprobs: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  *,
+  max_log_ratio: Scalar | None = 20.0,
+) -> dict[str, Float[Array, '']]:
+  """How much of the distance to the sampler is mismatch and how much staleness.
+
+      log μ − log π  =  (log μ − log π_old)  +  (log π_old − log π)
+          total      =        mismatch       +       staleness
+
+  On the sampler's tokens the mean of total estimates KL(μ‖π). Mismatch is that
+  of two engines at equal weights, staleness that of the updates since; only
+  the second is bounded by a clip.
+
+  Args:
+    logprobs: of the current policy.
+    old_logprobs, sampler_logprobs, mask, max_log_ratio: see the module.
+
+  Returns:
+    Scalars, of each part: its mean over the tokens of the mask ('mismatch',
+    'staleness', 'total'; they add up), and the effective sample size of its
+    ratios ('mismatch_sample_size', ...).
+
+  References:
+    Zheng et al., 2025, Stabilizing Reinforcement Learning with LLMs:
+    Formulation and Practices, arXiv:2512.01374.
+  """
+  parts = {
+    'mismatch': (old_logprobs, sampler_logprobs),
+    'staleness': (logprobs, old_logprobs),
+    'total': (logprobs, sampler_logprobs),
   }
+  found = {}
+  for name, pair in parts.items():
+    raw = jax.lax.stop_gradient(log_ratio(*pair, mask, max_log_ratio=None))
+    ratios = jnp.exp(_limited(raw, max_log_ratio))
+    found[name] = _mean(-raw, mask)
+    found[f'{name}_sample_size'] = effective_sample_size(ratios, mask)
+  return found
+
+
+def _sequence_metrics(
+  old_logprobs: Array,
+  sampler_logprobs: Array,
+  mask: Array,
+  limit: Scalar | None,
+) -> dict[str, Array]:
+  args = (jax.lax.stop_gradient(old_logprobs), sampler_logprobs, mask)
+  some = jnp.any(mask, axis=1)
+  products = product_ratio(*args, max_log_ratio=limit)
+
+  def perplexity(logprobs: Array, other: Array) -> Array:
+    pair = (jax.lax.stop_gradient(logprobs), other, mask)
+    return _mean(1 / sequence_ratio(*pair, max_log_ratio=limit), some)
+
+  certain = jnp.zeros_like(old_logprobs)
+  return {
+    'sequence_chi_squared': _mean(jnp.square(products) - 1, some),
+    'sequence_effective_sample_size': effective_sample_size(products, some),
+    'perplexity': perplexity(old_logprobs, certain),
+    'sampler_perplexity': perplexity(sampler_logprobs, certain),
+    'perplexity_ratio': perplexity(old_logprobs, sampler_logprobs),
+  }
+
+
+def _mean(x: Array, where: Array) -> Array:
+  count = jnp.maximum(jnp.sum(where), 1).astype(x.dtype)
+  return jnp.sum(jnp.where(where, x, 0)) / count
 
 
 def _difference(logprobs: Array, old: Array, mask: Array | None) -> Array:
@@ -336,12 +483,11 @@ def _weights(
   if level == 'token':
     return jnp.exp(_limited(delta, limit))
   if level == 'sequence':
-    total = jnp.sum(delta, axis=1)
+    weights = product_ratio(*args, max_log_ratio=limit)
   elif level == 'geometric':
-    total = sequence_log_ratio(*args)
+    weights = sequence_ratio(*args, max_log_ratio=limit)
   else:
     raise ValueError(
       f"level is {level!r}; choose 'token', 'sequence' or 'geometric'"
     )
-  weights = jnp.exp(_limited(total, limit))
   return jnp.broadcast_to(weights[:, None], delta.shape)

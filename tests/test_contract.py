@@ -21,8 +21,7 @@ smooth = pytest.mark.parametrize(
   [
     c
     for c in CASES
-    if any(v.dtype == float for v in c.inputs.values())
-    and c.name != 'informative_groups'
+    if any(v.dtype == float for v in c.inputs.values()) and not c.decides
   ],
   ids=str,
 )
@@ -144,7 +143,7 @@ def test_nan_off_the_mask_changes_nothing(case):
     inputs['estimate'] = np.nan_to_num(inputs['estimate'])
   clean = {k: np.nan_to_num(v) for k, v in inputs.items()}
   assert_trees_close(call(case, inputs), call(case, clean), rtol=0)
-  if not floats(inputs) or case.name == 'informative_groups':
+  if not floats(inputs) or case.decides:
     return
   with_nan = gradients(case, inputs, with_metrics=True)
   without = gradients(case, clean, with_metrics=True)
@@ -158,7 +157,7 @@ def test_all_masked_is_finite_with_zero_gradient(case):
   inputs = case.inputs | {key: np.zeros_like(case.inputs[key])}
   for leaf in jax.tree.leaves(call(case, inputs)):
     assert np.all(np.isfinite(leaf))
-  if not floats(inputs) or case.name == 'informative_groups':
+  if not floats(inputs) or case.decides:
     return
   for name, gradient in gradients(case, inputs, with_metrics=True).items():
     if name != 'estimate':
@@ -184,7 +183,7 @@ def test_jit_equals_eager_and_traces_once(case):
   assert_trees_close(actual, eager, rtol=1e-13, atol=1e-14)
 
 
-@each
+@pytest.mark.parametrize('case', [c for c in CASES if not c.by_place], ids=str)
 def test_rows_permute(case):
   rows = next(iter(case.inputs.values())).shape[0]
   order = np.random.default_rng(1).permutation(rows)

@@ -9,7 +9,6 @@ sequence); ``mask`` on the tokens that the policy chose. Values and metrics are
 KL(π_old‖π); 'limit_hits' of ``max_log_ratio``.
 """
 
-import jax
 from jax import Array
 from jax.lax import stop_gradient
 import jax.numpy as jnp
@@ -17,10 +16,22 @@ from jaxtyping import Bool, Float
 
 from postrain import importance
 from postrain.dtypes import Scalar, promoted
+from postrain.losses.surrogate import (
+  Losses,
+  clipped,
+  drift,
+  indicators,
+  weighted_logprobs,
+)
 
-__all__ = ['cispo', 'gspo', 'gspo_token', 'ppo_clip', 'reinforce']
-
-Losses = tuple[Float[Array, 'B T'], dict[str, Float[Array, 'B T']]]
+__all__ = [
+  'cispo',
+  'gspo',
+  'gspo_token',
+  'ppo_clip',
+  'reinforce',
+  'sequence_clip',
+]
 
 
 def reinforce(
@@ -52,8 +63,8 @@ def reinforce(
   logprobs, old_logprobs, advantages = promoted(
     logprobs, old_logprobs, advantages
   )
-  values = _weighted_logprobs(advantages, logprobs, mask)
-  return values, _drift(logprobs, old_logprobs, mask, max_log_ratio)
+  values = weighted_logprobs(advantages, logprobs, mask)
+  return values, drift(logprobs, old_logprobs, mask, max_log_ratio)
 
 
 def ppo_clip(
@@ -74,7 +85,9 @@ def ppo_clip(
   The gradient is 0 where A > 0 and ρ > 1 + ε_high, or A < 0 and
   ρ < 1 − ε_low, and alive in the other corners and on the bounds themselves.
   Unequal bounds are the clip-higher of DAPO. The dual clip also stops A < 0
-  with ρ > c at −c A; one popular trainer has it on, at 3, by default.
+  with ρ > c at −c A; one popular trainer has it on, at 3, by default. With
+  c ≥ 1 + ε_high it is also the two-sided clip of INTELLECT-2, min(ρ, δ) in
+  place of the first ρ, with δ = c.
 
   Args:
     logprobs, old_logprobs, advantages, mask: see the module.
@@ -91,7 +104,8 @@ def ppo_clip(
     Schulman et al., 2017, Proximal Policy Optimization Algorithms,
     arXiv:1707.06347; Ye et al., 2019, Mastering Complex Control in MOBA
     Games with Deep Reinforcement Learning (dual clip), arXiv:1912.09729; Yu
-    et al., 2025, DAPO (clip-higher), arXiv:2503.14476.
+    et al., 2025, DAPO (clip-higher), arXiv:2503.14476; Prime Intellect, 2025,
+    INTELLECT-2 (two-sided clip), arXiv:2505.07291.
   """
   logprobs, old_logprobs, advantages = promoted(
     logprobs, old_logprobs, advantages
@@ -99,10 +113,10 @@ def ppo_clip(
   ratios = importance.ratio(
     logprobs, old_logprobs, mask, max_log_ratio=max_log_ratio
   )
-  values, metrics = _clipped(
+  values, metrics = clipped(
     ratios, advantages, mask, clip_low, clip_high, dual_clip
   )
-  return values, metrics | _drift(logprobs, old_logprobs, mask, max_log_ratio)
+  return values, metrics | drift(logprobs, old_logprobs, mask, max_log_ratio)
 
 
 def gspo(
@@ -198,6 +212,52 @@ def gspo_token(
   )
 
 
+def sequence_clip(
+  logprobs: Float[Array, 'B T'],
+  old_logprobs: Float[Array, 'B T'],
+  advantages: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  *,
+  clip_low: Scalar = 0.2,
+  clip_high: Scalar = 0.2,
+  max_log_ratio: Scalar | None = 20.0,
+) -> Losses:
+  """Clip the probability ratio of the whole sequence, as RLOO trainers do.
+
+      s = exp(Σ_t log ρ_t)
+      ℓ_t = −min(s A_t, clip(s, 1 − ε_low, 1 + ε_high) A_t)
+
+  An importance weight of the sequence, unlike that of `gspo`: the response is
+  one action. Every token holds the value of its sequence, so that the mean
+  over responses is `sequence_mean`. A product leaves the bounds the sooner the
+  longer the response: a drift of 2e-4 per token clips at a thousand tokens.
+
+  Args:
+    logprobs, old_logprobs, advantages, mask: see the module.
+    clip_low: ε_low, a positive offset.
+    clip_high: ε_high, a positive offset.
+    max_log_ratio: limit of |log s|, without gradient beyond; None for none.
+
+  Returns:
+    Values, and metrics with 'sequence_ratio', 'clip_low' and 'clip_high'.
+
+  References:
+    Ahmadian et al., 2024, Back to Basics (RLOO), arXiv:2402.14740.
+  """
+  logprobs, old_logprobs, advantages = promoted(
+    logprobs, old_logprobs, advantages
+  )
+  ratios = importance.product_ratio(
+    logprobs, old_logprobs, mask, max_log_ratio=max_log_ratio
+  )
+  ratios = jnp.broadcast_to(ratios[:, None], logprobs.shape)
+  return _sequence_clipped(
+    ratios,
+    (logprobs, old_logprobs, advantages, mask),
+    (clip_low, clip_high, max_log_ratio),
+  )
+
+
 def cispo(
   logprobs: Float[Array, 'B T'],
   old_logprobs: Float[Array, 'B T'],
@@ -206,21 +266,24 @@ def cispo(
   *,
   clip_low: Scalar | None = None,
   clip_high: Scalar = 4.0,
+  cap: Scalar | None = None,
   max_log_ratio: Scalar | None = 20.0,
 ) -> Losses:
   """Policy gradient with a bounded, constant importance weight.
 
       ℓ_t = −sg(clip(ρ_t, 1 − ε_low, 1 + ε_high)) A_t log π(y_t)
 
-  No token loses its gradient. Bounds are offsets: the absolute cap c of some
-  trainers is clip_high = c − 1, and a cap below 1 would shrink every gradient.
-  The paper sets no lower bound and does not print ε_high; the default is the
-  cap of 5 that ScaleRL uses.
+  No token loses its gradient. Bounds are offsets, as in the paper; some
+  trainers mean an absolute cap by the same name, and an offset of 0.2 read as
+  a cap shrinks every gradient five times. The paper sets no lower bound and
+  does not print ε_high; the default is the cap of 5 that ScaleRL uses.
 
   Args:
     logprobs, old_logprobs, advantages, mask: see the module.
     clip_low: ε_low, a positive offset; None for no lower bound.
     clip_high: ε_high, a positive offset.
+    cap: absolute upper bound c ≥ 1 that stands in place of 1 + ε_high; None for
+      the offset.
     max_log_ratio: limit of |log ρ|; None for none.
 
   Returns:
@@ -238,42 +301,15 @@ def cispo(
   ratios = stop_gradient(
     importance.ratio(logprobs, old_logprobs, mask, max_log_ratio=max_log_ratio)
   )
-  clipped = {'clip_high': ratios > 1 + clip_high}
-  weights = jnp.minimum(ratios, 1 + clip_high)
+  highest = 1 + clip_high if cap is None else cap
+  flags = {'clip_high': ratios > highest}
+  weights = jnp.minimum(ratios, highest)
   if clip_low is not None:
-    clipped['clip_low'] = ratios < 1 - clip_low
+    flags['clip_low'] = ratios < 1 - clip_low
     weights = jnp.maximum(weights, 1 - clip_low)
-  values = _weighted_logprobs(weights * advantages, logprobs, mask)
-  metrics = _indicators(clipped, mask, values)
-  return values, metrics | _drift(logprobs, old_logprobs, mask, max_log_ratio)
-
-
-def _weighted_logprobs(weights: Array, logprobs: Array, mask: Array) -> Array:
-  weights = jnp.where(mask, stop_gradient(weights), 0)
-  return -weights * jnp.where(mask, logprobs, 0)
-
-
-def _clipped(
-  ratios: Array,
-  advantages: Array,
-  mask: Array,
-  clip_low: Scalar,
-  clip_high: Scalar,
-  dual_clip: Scalar | None,
-) -> Losses:
-  # Selected, not min and clip: these halve the gradient at a tie.
-  advantages = jnp.where(mask, stop_gradient(advantages), 0)
-  clipped = {
-    'clip_low': (advantages < 0) & (ratios < 1 - clip_low),
-    'clip_high': (advantages > 0) & (ratios > 1 + clip_high),
-  }
-  bounded = jnp.where(clipped['clip_low'], 1 - clip_low, ratios)
-  bounded = jnp.where(clipped['clip_high'], 1 + clip_high, bounded)
-  if dual_clip is not None:
-    clipped['dual_clip'] = (advantages < 0) & (ratios > dual_clip)
-    bounded = jnp.where(clipped['dual_clip'], dual_clip, bounded)
-  values = jnp.where(mask, -bounded * advantages, 0)
-  return values, _indicators(clipped, mask, values)
+  values = weighted_logprobs(weights * advantages, logprobs, mask)
+  metrics = indicators(flags, mask, values)
+  return values, metrics | drift(logprobs, old_logprobs, mask, max_log_ratio)
 
 
 def _sequence_clipped(
@@ -283,27 +319,6 @@ def _sequence_clipped(
 ) -> Losses:
   logprobs, old_logprobs, advantages, mask = inputs
   clip_low, clip_high, max_log_ratio = bounds
-  values, metrics = _clipped(
-    ratios, advantages, mask, clip_low, clip_high, None
-  )
+  values, metrics = clipped(ratios, advantages, mask, clip_low, clip_high, None)
   metrics['sequence_ratio'] = jnp.where(mask, stop_gradient(ratios), 0)
-  return values, metrics | _drift(logprobs, old_logprobs, mask, max_log_ratio)
-
-
-def _indicators(
-  flags: dict[str, Array], mask: Array, like: Array
-) -> dict[str, Array]:
-  return {k: (v & mask).astype(like.dtype) for k, v in flags.items()}
-
-
-def _drift(
-  logprobs: Array, old_logprobs: Array, mask: Array, limit: Scalar | None
-) -> dict[str, Array]:
-  args = (stop_gradient(logprobs), old_logprobs, mask)
-  d = importance.log_ratio(*args, max_log_ratio=limit)
-  metrics = {
-    'ratio': jnp.where(mask, jnp.exp(d), 0),
-    'old_kl': jnp.expm1(d) - d,
-    'limit_hits': importance.limit_hits(*args, max_log_ratio=limit),
-  }
-  return jax.tree.map(stop_gradient, metrics)
+  return values, metrics | drift(logprobs, old_logprobs, mask, max_log_ratio)

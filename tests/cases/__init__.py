@@ -9,6 +9,8 @@ from cases import aggregation as _aggregation
 from cases import logprobs as _logprobs
 from cases import losses as _losses
 from cases import mismatch as _mismatch
+from cases import policy_variants as _policy_variants
+from cases import selection as _selection
 from cases.record import Case
 from postrain import (
   advantages,
@@ -34,5 +36,13 @@ MODULES = (
 
 
 def cases() -> list[Case]:
-  parts = (_advantages, _aggregation, _logprobs, _losses, _mismatch)
+  parts = (
+    _advantages,
+    _aggregation,
+    _logprobs,
+    _losses,
+    _mismatch,
+    _policy_variants,
+    _selection,
+  )
   return [case for part in parts for case in part.cases()]

@@ -15,8 +15,8 @@ def cases() -> list[Case]:
     case(aggregation.group_token_mean, 'mask groups'),
     case(aggregation.group_token_mean, 'mask groups', count_empty=True),
     case(masks.overlong, 'mask truncated'),
-    case(masks.informative_groups, group),
-    case(masks.informative_groups, group, low=0.0, high=0.6),
+    case(masks.informative_groups, group, decides=True),
+    case(masks.informative_groups, group, decides=True, low=0.0, high=0.6),
   ]
   for fn in (aggregation.sequence_mean, aggregation.sequence_sum):
     found += [case(fn, 'mask'), case(fn, 'mask', count_empty=True)]

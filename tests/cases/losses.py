@@ -10,7 +10,7 @@ def cases() -> list[Case]:
 
   for options in ({}, {'clip_high': 0.28, 'dual_clip': 3.0}):
     found.append(case(losses.ppo_clip, policy, gradients='logprobs', **options))
-  for options in ({}, {'clip_low': 0.3, 'clip_high': 0.2}):
+  for options in ({}, {'clip_low': 0.3, 'clip_high': 0.2}, {'cap': 1.5}):
     found.append(
       case(
         losses.cispo,

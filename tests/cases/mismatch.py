@@ -37,7 +37,11 @@ def cases() -> list[Case]:
     ),
   ]
 
-  for fn in (importance.ratio, importance.sequence_ratio):
+  for fn in (
+    importance.ratio,
+    importance.sequence_ratio,
+    importance.product_ratio,
+  ):
     for limit in (20.0, 0.5, None):
       found.append(
         case(
@@ -56,6 +60,9 @@ def cases() -> list[Case]:
     case(importance.mismatch_metrics, sampler),
     case(importance.mismatch_metrics, sampler, max_log_ratio=0.7),
     case(importance.effective_sample_size, 'weights mask'),
+    case(importance.self_normalized, 'weights mask'),
+    case(importance.self_normalized, 'weights mask', level='sequence'),
+    case(importance.decomposition, f'logprobs {sampler}'),
   ]
   for level in ('token', 'sequence', 'geometric'):
     found += [

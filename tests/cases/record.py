@@ -13,7 +13,9 @@ class Case:
   """A call: float64 inputs in order, and which of them are differentiated.
 
   ``stopped`` names the input whose copy the oracle holds fixed where the
-  library stops the gradient.
+  library stops the gradient. ``decides`` says that the output is a choice: it
+  has no gradient. ``by_place`` says that rows are told apart by their place (a
+  draw): their order is not free.
   """
 
   name: str
@@ -23,6 +25,8 @@ class Case:
   options: dict[str, Any]
   gradients: tuple[str, ...]
   stopped: str | None
+  decides: bool = False
+  by_place: bool = False
 
   def __str__(self) -> str:
     options = ','.join(f'{k}={v}' for k, v in self.options.items())
@@ -80,13 +84,24 @@ def draw() -> dict[str, np.ndarray]:
     'rejected': noise(rows),
     'ref_chosen': noise(rows),
     'ref_rejected': noise(rows),
+    'selected': noise(rows, length) > 0,
+    'entropy': np.abs(noise(rows, length)),
   }
 
 
 DRAWN = draw()
 
 
-def case(fn, names, *, gradients='', stopped=None, rename=None, **options):
+def case(
+  fn,
+  names,
+  *,
+  gradients='',
+  stopped=None,
+  rename=None,
+  decides=False,
+  **options,
+):
   inputs = {}
   for name in names.split():
     inputs[(rename or {}).get(name, name)] = DRAWN[name]
@@ -98,4 +113,5 @@ def case(fn, names, *, gradients='', stopped=None, rename=None, **options):
     options=options,
     gradients=tuple(gradients.split()),
     stopped=stopped,
+    decides=decides,
   )

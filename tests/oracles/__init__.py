@@ -12,3 +12,5 @@ from oracles.aggregation import *
 from oracles.logprobs import *
 from oracles.losses import *
 from oracles.mismatch import *
+from oracles.policy_variants import *
+from oracles.selection import *

@@ -141,20 +141,20 @@ def cispo(
   *,
   clip_low=None,
   clip_high=4.0,
+  cap=None,
   max_log_ratio=20.0,
   stopped=None,
 ):
   stopped = logprobs if stopped is None else stopped
   rho = ratio(stopped, old_logprobs, mask, max_log_ratio=max_log_ratio)
   floor = -np.inf if clip_low is None else 1 - clip_low
+  highest = 1 + clip_high if cap is None else cap
 
   def value(i, t):
-    weight = max(min(rho[i, t], 1 + clip_high), floor)
+    weight = max(min(rho[i, t], highest), floor)
     return -weight * advantages[i, t] * logprobs[i, t]
 
-  metrics = {
-    'clip_high': over_tokens(mask, lambda i, t: rho[i, t] > 1 + clip_high)
-  }
+  metrics = {'clip_high': over_tokens(mask, lambda i, t: rho[i, t] > highest)}
   if clip_low is not None:
     metrics['clip_low'] = over_tokens(mask, lambda i, t: rho[i, t] < floor)
   drifted = drift(logprobs, old_logprobs, mask, max_log_ratio)

@@ -48,6 +48,14 @@ def sequence_ratio(logprobs, old_logprobs, mask, *, max_log_ratio=20.0):
   return np.array([np.exp(limited(x, max_log_ratio)) for x in means])
 
 
+def product_ratio(logprobs, old_logprobs, mask, *, max_log_ratio=20.0):
+  out = np.ones(len(mask))
+  for i, row in enumerate(mask):
+    deltas = [logprobs[i, t] - old_logprobs[i, t] for t in np.flatnonzero(row)]
+    out[i] = np.exp(limited(sum(deltas), max_log_ratio))
+  return out
+
+
 def sampler_weights(old_logprobs, sampler_logprobs, mask, level, limit):
   out = np.zeros(mask.shape)
   for i in range(len(mask)):
@@ -104,25 +112,80 @@ def effective_sample_size(weights, mask):
   return sum(kept) ** 2 / (len(kept) * squares) if squares > 0 else 0.0
 
 
+def self_normalized(weights, mask, *, level='token'):
+  kept = [weights[i] for i in np.ndindex(mask.shape) if mask[i]]
+  if level == 'sequence':
+    rows = [weights[i][row] for i, row in enumerate(mask) if any(row)]
+    kept = [sum(row) / len(row) for row in rows]
+  mean = sum(kept) / max(len(kept), 1)
+  out = np.zeros(mask.shape)
+  for i in np.ndindex(mask.shape):
+    if mask[i] and mean > 0:
+      out[i] = weights[i] / mean
+  return out
+
+
+def mean_of(numbers):
+  return sum(numbers) / max(len(numbers), 1)
+
+
 def mismatch_metrics(
   old_logprobs, sampler_logprobs, mask, *, max_log_ratio=20.0
 ):
   places = [i for i in np.ndindex(mask.shape) if mask[i]]
   gaps = [old_logprobs[i] - sampler_logprobs[i] for i in places] or [0.0]
   short = [limited(x, max_log_ratio) for x in gaps]
-  n = len(gaps)
+  some = [i for i, row in enumerate(mask) if any(row)]
+  products = product_ratio(
+    old_logprobs, sampler_logprobs, mask, max_log_ratio=max_log_ratio
+  )
+
+  def perplexity(score):
+    found = []
+    for i in some:
+      mean = mean_of([score(i, t) for t in np.flatnonzero(mask[i])])
+      found.append(np.exp(limited(-mean, max_log_ratio)))
+    return mean_of(found)
+
   return {
-    'kl': -sum(gaps) / n,
-    'k3': sum(np.exp(x) - 1 - x for x in short) / n,
-    'chi_squared': sum(np.exp(2 * x) - 1 for x in short) / n,
-    'gap': sum(abs(x) for x in gaps) / n,
+    'kl': -mean_of(gaps),
+    'k3': mean_of([np.exp(x) - 1 - x for x in short]),
+    'reverse_kl': mean_of([x * np.exp(x) - np.exp(x) + 1 for x in short]),
+    'chi_squared': mean_of([np.exp(2 * x) - 1 for x in short]),
+    'gap': mean_of([abs(x) for x in gaps]),
     'max_gap': max(abs(x) for x in gaps),
     'effective_sample_size': effective_sample_size(
       ratio(old_logprobs, sampler_logprobs, mask, max_log_ratio=max_log_ratio),
       mask,
     ),
-    'limit_hits': sum(a != b for a, b in zip(gaps, short, strict=True)) / n,
+    'limit_hits': mean_of([a != b for a, b in zip(gaps, short, strict=True)]),
+    'sequence_chi_squared': mean_of([products[i] ** 2 - 1 for i in some]),
+    'sequence_effective_sample_size': effective_sample_size(
+      products, np.array([any(row) for row in mask])
+    ),
+    'perplexity': perplexity(lambda i, t: old_logprobs[i, t]),
+    'sampler_perplexity': perplexity(lambda i, t: sampler_logprobs[i, t]),
+    'perplexity_ratio': perplexity(
+      lambda i, t: old_logprobs[i, t] - sampler_logprobs[i, t]
+    ),
   }
+
+
+def decomposition(
+  logprobs, old_logprobs, sampler_logprobs, mask, *, max_log_ratio=20.0
+):
+  places = [i for i in np.ndindex(mask.shape) if mask[i]]
+  found = {}
+  for name, new, old in (
+    ('mismatch', old_logprobs, sampler_logprobs),
+    ('staleness', logprobs, old_logprobs),
+    ('total', logprobs, sampler_logprobs),
+  ):
+    found[name] = mean_of([old[i] - new[i] for i in places])
+    found[f'{name}_sample_size'] = effective_sample_size(
+      ratio(new, old, mask, max_log_ratio=max_log_ratio), mask
+    )
+  return found
 
 
 def k1(logprobs, ref_logprobs, mask=None, *, max_log_ratio=20.0):
