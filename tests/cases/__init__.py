@@ -9,6 +9,7 @@ from cases import aggregation as _aggregation
 from cases import logprobs as _logprobs
 from cases import losses as _losses
 from cases import mismatch as _mismatch
+from cases import shaping as _shaping
 from cases.record import Case
 from postrain import (
   advantages,
@@ -18,6 +19,7 @@ from postrain import (
   logprobs,
   losses,
   masks,
+  shaping,
 )
 
 __all__ = ['MODULES', 'Case', 'cases']
@@ -30,9 +32,10 @@ MODULES = (
   logprobs,
   losses,
   masks,
+  shaping,
 )
 
 
 def cases() -> list[Case]:
-  parts = (_advantages, _aggregation, _logprobs, _losses, _mismatch)
+  parts = (_advantages, _aggregation, _logprobs, _losses, _mismatch, _shaping)
   return [case for part in parts for case in part.cases()]

@@ -13,7 +13,8 @@ class Case:
   """A call: float64 inputs in order, and which of them are differentiated.
 
   ``stopped`` names the input whose copy the oracle holds fixed where the
-  library stops the gradient.
+  library stops the gradient. ``padded`` is False where an option fixes the
+  length of an axis, so that columns cannot be added.
   """
 
   name: str
@@ -23,6 +24,7 @@ class Case:
   options: dict[str, Any]
   gradients: tuple[str, ...]
   stopped: str | None
+  padded: bool = True
 
   def __str__(self) -> str:
     options = ','.join(f'{k}={v}' for k, v in self.options.items())
@@ -80,13 +82,30 @@ def draw() -> dict[str, np.ndarray]:
     'rejected': noise(rows),
     'ref_chosen': noise(rows),
     'ref_rejected': noise(rows),
+    'baselines': noise(4),
+    'lengths': rng.integers(0, 9, (4, 4)),
+    'sequence_logprobs': -9 * rng.random((4, 4)),
+    'many_rewards': np.round(noise(4, 4, 2), 1),
+    'many_where': rng.random((4, 4, 2)) < where[..., None] - 0.2,
+    'correct': (rng.random((4, 4)) < 0.5).astype(float),
+    'collisions': rng.random((rows, length)),
+    'step_ends': rng.random((rows, length)) < 0.6,
+    'turn_ids': np.sort(rng.integers(0, 3, (rows, length)), axis=1),
+    'outcomes': noise(rows),
+    'shares': np.array([1.0, 0.25, 1.0, 0.0, 0.75]),
+    'coefs': rng.random(rows),
+    'divergences': np.array([-1.0, 0.09, 0.1, 0.11, 5.0]),
+    'counts': rng.integers(0, 30, rows),
+    'few_tokens': rng.integers(0, 2, (rows, length)),
   }
 
 
 DRAWN = draw()
 
 
-def case(fn, names, *, gradients='', stopped=None, rename=None, **options):
+def case(
+  fn, names, *, gradients='', stopped=None, rename=None, padded=True, **options
+):
   inputs = {}
   for name in names.split():
     inputs[(rename or {}).get(name, name)] = DRAWN[name]
@@ -98,4 +117,5 @@ def case(fn, names, *, gradients='', stopped=None, rename=None, **options):
     options=options,
     gradients=tuple(gradients.split()),
     stopped=stopped,
+    padded=padded,
   )

@@ -12,3 +12,4 @@ from oracles.aggregation import *
 from oracles.logprobs import *
 from oracles.losses import *
 from oracles.mismatch import *
+from oracles.shaping import *
