@@ -123,8 +123,8 @@ def difference_rewards(
 
   They telescope: a row sums to its last score less the initial one, whatever
   the number of steps, and the reward-to-go (`advantages.discounted_returns`)
-  is the last score less the present one. Added to an outcome reward they leave
-  the optimal policy as it is.
+  is the last score less the present one. Where the last score is the outcome
+  itself, the optimal policy stays as it is.
 
   Args:
     scores: of the solution so far, at the last token of each step.
