@@ -3,8 +3,13 @@
 Compute the weights on the whole optimiser minibatch, before it is cut into
 micro-batches or shards; then accumulation is a plain sum and the update does
 not depend on the cut. All weights are 0 off the mask, and a batch without any
-token gives 0, never NaN. Rows without a token change nothing, unless
-``count_empty`` says that they count in the denominator.
+token gives 0, never NaN.
+
+What peers disagree on is a choice here. Rows without a token change nothing,
+unless ``count_empty`` says that they count in the denominator. Tokens that are
+counted but not trained (filtered, rejected) keep their share of it:
+``jnp.where(trained, token_mean(counted), 0)``; with ``token_mean(trained)`` the
+rest takes their share over.
 """
 
 from jax import Array
@@ -137,7 +142,9 @@ def group_token_mean(
   """
   counted = mask.astype(float)
   same = groups[:, None] == groups[None, :]
-  tokens = same.astype(float) @ jnp.sum(counted, axis=1, keepdims=True)
+  lengths = jnp.sum(counted, axis=1, keepdims=True)
+  # Lower precisions round lengths above 256 (bfloat16) or 2048 (TF32).
+  tokens = jnp.matmul(same.astype(float), lengths, precision='highest')
   present = jnp.any(mask, axis=1) | count_empty
   # A group is counted at the first of its present rows.
   repeated = jnp.any(jnp.tril(same & present[None, :], -1), axis=1)

@@ -8,9 +8,14 @@ With d = log π(y_t) − log π_ref(y_t) and y_t drawn from π, at a fixed state
     k3                   e⁻ᵈ−1+d  KL(π‖ref)     ∇KL(ref‖π), the other direction
     ρ·k3, ρ = π/π_old             KL(π‖ref)     ∇KL(π‖ref)
 
-In the reward, k1 has the exact gradient for whole sequences; as a loss k2 (or a
-value with the gradient of k2) has it for each state. An unbiased value says
-nothing about the gradient.
+In the reward (`postrain.shaping`), k1 has the exact gradient for whole
+sequences; as a loss k2 (or a value with the gradient of k2) has it for each
+state, and misses what a token does to later states. Exact too are k2 of the
+sequence's sums as a loss, and k3 in the reward and in the loss. An unbiased
+value says nothing about the gradient.
+
+The coefficient is a constant, or the state of a controller: a pure function
+from a coefficient and a measured divergence to the next coefficient.
 
 The estimators are elementwise over any shape; the optional mask silences NaN.
 The share of log-ratios at the limit is `postrain.importance.limit_hits`.
@@ -26,7 +31,9 @@ from postrain.importance import log_ratio
 
 __all__ = [
   'absolute',
+  'adaptive_coef',
   'exact',
+  'fixed_coef',
   'importance_weighted',
   'k1',
   'k2',
@@ -240,3 +247,69 @@ def importance_weighted(
   estimate, logprobs = promoted(estimate, logprobs)
   d = log_ratio(logprobs, old_logprobs, mask, max_log_ratio=max_log_ratio)
   return jnp.exp(d) * estimate
+
+
+def fixed_coef(
+  coef: Float[Array, '*n'], divergence: Float[Array, '*n']
+) -> Float[Array, '*n']:
+  """The coefficient as it was: the controller that does nothing.
+
+      β' = β
+
+  Args:
+    coef: β of the last step.
+    divergence: measured on its rollout, not used.
+
+  Returns:
+    Coefficient of the next step, a constant.
+  """
+  coef, _ = promoted(coef, divergence)
+  return jax.lax.stop_gradient(coef)
+
+
+def adaptive_coef(
+  coef: Float[Array, '*n'],
+  divergence: Float[Array, '*n'],
+  *,
+  num_sequences: Scalar,
+  target: Scalar = 6.0,
+  horizon: Scalar = 10_000.0,
+  max_error: Scalar = 0.2,
+) -> Float[Array, '*n']:
+  """Move the coefficient so that the divergence comes to its target.
+
+      e = clip(KL / target − 1, −m, m),   β' = β (1 + e · n / horizon)
+
+  The target is meant for whole sequences, sums over their tokens. One peer
+  feeds the mean over tokens and so has a target of 0.1. An estimate below 0 is
+  only a large negative error.
+
+  Args:
+    coef: β of the last step.
+    divergence: KL in nats, mean over the sequences of its rollout.
+    num_sequences: n, how many sequences that were.
+    target: KL > 0 to hold.
+    horizon: sequences that an error of 1 takes to double β.
+    max_error: m > 0; with m n < horizon β keeps its sign.
+
+  Returns:
+    Coefficient of the next step, a constant.
+
+  Raises:
+    ValueError: one step could make the coefficient 0 or negative.
+
+  References:
+    Ziegler et al., 2019, Fine-Tuning Language Models from Human
+    Preferences, arXiv:1909.08593.
+  """
+  given = (max_error, num_sequences, horizon)
+  numbers = all(isinstance(x, int | float) for x in given)
+  if numbers and max_error * num_sequences >= horizon:
+    raise ValueError(
+      f'max_error={max_error} times num_sequences={num_sequences} is not below'
+      f' horizon={horizon}: the coefficient could change its sign; take a'
+      ' longer horizon'
+    )
+  coef, divergence = promoted(coef, divergence)
+  error = jnp.clip(divergence / target - 1, -max_error, max_error)
+  return jax.lax.stop_gradient(coef * (1 + error * num_sequences / horizon))

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
   {
     *('advantages', 'aggregation', 'dtypes', 'importance', 'keys', 'kl'),
-    *('logprobs', 'losses', 'masks'),
+    *('logprobs', 'losses', 'masks', 'shaping'),
   },
   {
     *('batches', 'models', 'objectives', 'optimizers', 'sampling', 'scoring'),

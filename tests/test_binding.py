@@ -17,12 +17,25 @@ from postrain import (
   losses,
   masks,
   optimizers,
+  shaping,
 )
 from postrain.binding import bind, check_arguments
 
-MODULES = (advantages, aggregation, importance, kl, losses, masks)
+MODULES = (advantages, aggregation, importance, kl, losses, masks, shaping)
 # What has no default must be said; these are values that fit.
-NEEDED = {'length': 8, 'learning_rate': 1e-3}
+NEEDED = {
+  'buffer': 4,
+  'coef': 0.1,
+  'k': 2,
+  'learning_rate': 1e-3,
+  'length': 8,
+  'max_length': 16,
+  'negative_coef': 0.1,
+  'num_sequences': 8,
+  'outcome_weight': 0.5,
+  'positive_coef': 0.1,
+  'weights': (1.0, 0.1),
+}
 PUBLIC = [(m, n) for m in (*MODULES, optimizers) for n in m.__all__]
 
 

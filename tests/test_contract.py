@@ -199,12 +199,14 @@ def test_rows_permute(case):
 
 
 @pytest.mark.parametrize(
-  'case', [c for c in MASKED if not c.options.get('count_empty')], ids=str
+  'case',
+  [c for c in MASKED if c.padded and not c.options.get('count_empty')],
+  ids=str,
 )
 def test_padding_changes_nothing(case):
   """Two columns and a row of NaN, off the mask."""
   key = 'mask' if 'mask' in case.inputs else 'where'
-  rows, columns = case.inputs[key].shape
+  corner = tuple(map(slice, case.inputs[key].shape))
 
   def pad(array):
     widths = [(0, 1)] + [(0, 2)] * (array.ndim - 1)
@@ -213,7 +215,6 @@ def test_padding_changes_nothing(case):
 
   def cut(leaf):
     leaf = np.asarray(leaf)
-    corner = (slice(rows), slice(columns))
     return leaf[corner[: leaf.ndim]]
 
   inputs = {k: pad(v) for k, v in case.inputs.items()}

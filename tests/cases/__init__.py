@@ -11,6 +11,7 @@ from cases import losses as _losses
 from cases import mismatch as _mismatch
 from cases import policy_variants as _policy_variants
 from cases import selection as _selection
+from cases import shaping as _shaping
 from cases.record import Case
 from postrain import (
   advantages,
@@ -20,6 +21,7 @@ from postrain import (
   logprobs,
   losses,
   masks,
+  shaping,
 )
 
 __all__ = ['MODULES', 'Case', 'cases']
@@ -32,6 +34,7 @@ MODULES = (
   logprobs,
   losses,
   masks,
+  shaping,
 )
 
 
@@ -44,5 +47,6 @@ def cases() -> list[Case]:
     _mismatch,
     _policy_variants,
     _selection,
+    _shaping,
   )
   return [case for part in parts for case in part.cases()]

@@ -22,6 +22,18 @@ def cases() -> list[Case]:
   found += [
     case(importance.limit_hits, 'logprobs old_logprobs mask'),
     case(importance.limit_hits, 'logprobs old_logprobs', max_log_ratio=None),
+    case(
+      kl.fixed_coef,
+      'coefs divergences',
+      rename={'coefs': 'coef', 'divergences': 'divergence'},
+    ),
+    case(
+      kl.adaptive_coef,
+      'coefs divergences',
+      rename={'coefs': 'coef', 'divergences': 'divergence'},
+      num_sequences=256,
+      target=0.1,
+    ),
     case(kl.exact, 'logits ref_logits', gradients='logits'),
     case(
       kl.straight_through,

@@ -15,7 +15,8 @@ class Case:
   ``stopped`` names the input whose copy the oracle holds fixed where the
   library stops the gradient. ``decides`` says that the output is a choice: it
   has no gradient. ``by_place`` says that rows are told apart by their place (a
-  draw): their order is not free.
+  draw): their order is not free. ``padded`` is False where an option fixes the
+  length of an axis, so that columns cannot be added.
   """
 
   name: str
@@ -27,6 +28,7 @@ class Case:
   stopped: str | None
   decides: bool = False
   by_place: bool = False
+  padded: bool = True
 
   def __str__(self) -> str:
     options = ','.join(f'{k}={v}' for k, v in self.options.items())
@@ -86,6 +88,21 @@ def draw() -> dict[str, np.ndarray]:
     'ref_rejected': noise(rows),
     'selected': noise(rows, length) > 0,
     'entropy': np.abs(noise(rows, length)),
+    'baselines': noise(4),
+    'lengths': rng.integers(0, 9, (4, 4)),
+    'sequence_logprobs': -9 * rng.random((4, 4)),
+    'many_rewards': np.round(noise(4, 4, 2), 1),
+    'many_where': rng.random((4, 4, 2)) < where[..., None] - 0.2,
+    'correct': (rng.random((4, 4)) < 0.5).astype(float),
+    'collisions': rng.random((rows, length)),
+    'step_ends': rng.random((rows, length)) < 0.6,
+    'turn_ids': np.sort(rng.integers(0, 3, (rows, length)), axis=1),
+    'outcomes': noise(rows),
+    'shares': np.array([1.0, 0.25, 1.0, 0.0, 0.75]),
+    'coefs': rng.random(rows),
+    'divergences': np.array([-1.0, 0.09, 0.1, 0.11, 5.0]),
+    'counts': rng.integers(0, 30, rows),
+    'few_tokens': rng.integers(0, 2, (rows, length)),
   }
 
 
@@ -100,6 +117,7 @@ def case(
   stopped=None,
   rename=None,
   decides=False,
+  padded=True,
   **options,
 ):
   inputs = {}
@@ -114,4 +132,5 @@ def case(
     gradients=tuple(gradients.split()),
     stopped=stopped,
     decides=decides,
+    padded=padded,
   )

@@ -14,3 +14,4 @@ from oracles.losses import *
 from oracles.mismatch import *
 from oracles.policy_variants import *
 from oracles.selection import *
+from oracles.shaping import *
