@@ -6,9 +6,12 @@ must withstand.
 
 from cases import advantages as _advantages
 from cases import aggregation as _aggregation
+from cases import distillation as _distillation
 from cases import logprobs as _logprobs
 from cases import losses as _losses
 from cases import mismatch as _mismatch
+from cases import preference as _preference
+from cases import reward_models as _reward_models
 from cases.record import Case
 from postrain import (
   advantages,
@@ -34,5 +37,14 @@ MODULES = (
 
 
 def cases() -> list[Case]:
-  parts = (_advantages, _aggregation, _logprobs, _losses, _mismatch)
+  parts = (
+    _advantages,
+    _aggregation,
+    _distillation,
+    _logprobs,
+    _losses,
+    _mismatch,
+    _preference,
+    _reward_models,
+  )
   return [case for part in parts for case in part.cases()]
