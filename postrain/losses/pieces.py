@@ -50,10 +50,14 @@ def pair_figures(won: Array, lost: Array, chosen: Array) -> dict[str, Array]:
   return reward_figures(won, lost) | {'chosen_logprob': stop_gradient(chosen)}
 
 
-def per_token(logprobs: Array, lengths: Array) -> Array:
-  """Mean log-prob of a completion's tokens; an empty one has 0."""
-  (logprobs,) = promoted(logprobs)
-  return logprobs / jnp.maximum(lengths, 1).astype(logprobs.dtype)
+def per_token(
+  chosen: Array, rejected: Array, chosen_lengths: Array, rejected_lengths: Array
+) -> tuple[Array, Array]:
+  """Mean log-probs of the tokens of a pair; an empty completion has 0."""
+  chosen, rejected = promoted(chosen, rejected)
+  long = jnp.maximum(chosen_lengths, 1).astype(chosen.dtype)
+  short = jnp.maximum(rejected_lengths, 1).astype(chosen.dtype)
+  return chosen / long, rejected / short
 
 
 def log1mexp(x: Array) -> Array:

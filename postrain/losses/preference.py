@@ -256,11 +256,10 @@ def length_normalized_dpo(
     Lambert et al., 2024, Tülu 3: Pushing Frontiers in Open Language Model
     Post-Training, arXiv:2411.15124.
   """
+  lengths = (chosen_lengths, rejected_lengths)
   return dpo(
-    per_token(chosen, chosen_lengths),
-    per_token(rejected, rejected_lengths),
-    per_token(ref_chosen, chosen_lengths),
-    per_token(ref_rejected, rejected_lengths),
+    *per_token(chosen, rejected, *lengths),
+    *per_token(ref_chosen, ref_rejected, *lengths),
     beta=beta,
     label_smoothing=label_smoothing,
   )
@@ -324,11 +323,10 @@ def length_normalized_ipo(
     Azar et al., 2023, A General Theoretical Paradigm to Understand Learning
     from Human Preferences, arXiv:2310.12036.
   """
+  lengths = (chosen_lengths, rejected_lengths)
   return ipo(
-    per_token(chosen, chosen_lengths),
-    per_token(rejected, rejected_lengths),
-    per_token(ref_chosen, chosen_lengths),
-    per_token(ref_rejected, rejected_lengths),
+    *per_token(chosen, rejected, *lengths),
+    *per_token(ref_chosen, ref_rejected, *lengths),
     beta=beta,
   )
 

@@ -50,8 +50,8 @@ def simpo(
     Meng et al., 2024, SimPO: Simple Preference Optimization with a
     Reference-Free Reward, arXiv:2405.14734.
   """
-  won = beta * per_token(chosen, chosen_lengths)
-  lost = beta * per_token(rejected, rejected_lengths)
+  averages = per_token(chosen, rejected, chosen_lengths, rejected_lengths)
+  won, lost = (beta * average for average in averages)
   values = -log_sigmoid(won - lost - gamma)
   return values, pair_figures(won, lost, chosen)
 
@@ -84,12 +84,11 @@ def orpo(
     Hong et al., 2024, ORPO: Monolithic Preference Optimization without
     Reference Model, arXiv:2403.07691.
   """
-  likelihood = per_token(chosen, chosen_lengths)
-  won = _log_odds(likelihood)
-  lost = _log_odds(per_token(rejected, rejected_lengths))
+  averages = per_token(chosen, rejected, chosen_lengths, rejected_lengths)
+  won, lost = map(_log_odds, averages)
   penalty = -log_sigmoid(won - lost)
   metrics = {'odds_ratio_loss': stop_gradient(penalty)}
-  values = coef * penalty - likelihood
+  values = coef * penalty - averages[0]
   return values, metrics | pair_figures(won, lost, chosen)
 
 
