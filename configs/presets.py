@@ -12,19 +12,16 @@ What a preset does not name (the reference, dynamic sampling) it leaves alone.
 those of the trainers.
 """
 
-import copy
-from typing import Any
-
 from ml_collections import ConfigDict
 
-Block = dict[str, Any]
+Block = dict[str, object]
 
 
 def group(eps: float = 1e-6, ddof: int = 0) -> Block:
   return dict(name='group_normalized', eps=eps, ddof=ddof)
 
 
-def clip(low: float = 0.2, high: float = 0.2, **more: Any) -> Block:
+def clip(low: float = 0.2, high: float = 0.2, **more: object) -> Block:
   return dict(name='ppo_clip', clip_low=low, clip_high=high, **more)
 
 
@@ -64,7 +61,7 @@ PRESETS: dict[str, dict[str, Block]] = {
     trl=choices(TRL, clip(**UNLIMITED), TOKENS),
     verl=choices(VERL, clip(**DUAL), TOKENS),
     # k1 in the loss: its expected gradient is 0, and the trainer refuses it.
-    tunix=choices(VERL, clip(), ALL_SEQUENCES, loss_kl('k1', 0.04)),
+    tunix=choices(VERL, clip(), SEQUENCES, loss_kl('k1', 0.04)),
   ),
   'dr_grpo': dict(
     paper=choices(CENTERED, clip(), CONSTANT),
@@ -143,7 +140,7 @@ def preset(name: str) -> Block:
   if source not in PRESETS.get(algorithm, {}):
     known = ', '.join(f'{a}/{s}' for a, of in PRESETS.items() for s in of)
     raise ValueError(f'preset {name!r} does not exist; there are: {known}')
-  return copy.deepcopy(PRESETS[algorithm][source])
+  return ConfigDict(PRESETS[algorithm][source]).to_dict()
 
 
 def apply(config: ConfigDict, name: str) -> None:

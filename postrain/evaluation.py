@@ -1,10 +1,24 @@
-"""Figures of an evaluation: pass@k, intervals, votes."""
+"""Figures of an evaluation: pass@k, votes, selection, intervals, entropy."""
 
 from collections.abc import Hashable, Sequence
+import math
 import statistics
+from typing import NamedTuple
 
 from jaxtyping import Float, Int
 import numpy as np
+
+__all__ = [
+  'EntropyFit',
+  'best_of_n',
+  'best_of_n_kl',
+  'bootstrap_interval',
+  'entropy_fit',
+  'majority',
+  'mean_interval',
+  'pass_at_k',
+  'wilson_interval',
+]
 
 
 def pass_at_k(
@@ -84,6 +98,107 @@ def majority(
     if answer is not None:
       votes[answer] = votes.get(answer, 0.0) + weight
   return max(votes, key=votes.__getitem__, default=None)
+
+
+def best_of_n(scores: Float[np.ndarray, 'P n']) -> Int[np.ndarray, ' P']:
+  """The sample that a scorer likes best; a tie goes to the earlier.
+
+  argmax_i s_i
+
+  Args:
+    scores: of the n samples of each problem; -inf takes one out.
+
+  Returns:
+    One index per problem.
+
+  Raises:
+    ValueError: no samples, or a score is NaN.
+
+  References:
+    Cobbe et al. 2021, Training Verifiers to Solve Math Word Problems,
+    arXiv:2110.14168.
+  """
+  if not scores.shape[1] or np.isnan(scores).any():
+    raise ValueError(
+      f'scores of shape {scores.shape} with {np.isnan(scores).sum()} NaN:'
+      ' every problem needs samples with a score; -inf takes a sample out'
+    )
+  return scores.argmax(axis=1)
+
+
+def best_of_n_kl(n: int) -> float:
+  """Divergence of best-of-n sampling from the policy it samples.
+
+  KL = log n - (n-1)/n
+
+  Exact where no two completions have the same score and none has much mass, an
+  upper bound otherwise. Plot a reward against its root beside that of a
+  trained policy.
+
+  Args:
+    n: samples, at least 1.
+
+  Returns:
+    Nats.
+
+  Raises:
+    ValueError: n below 1.
+
+  References:
+    Stiennon et al. 2020, Learning to Summarize from Human Feedback,
+    arXiv:2009.01325; Beirami et al. 2024, Theoretical Guarantees on the
+    Best-of-n Alignment Policy, arXiv:2401.01879.
+  """
+  if n < 1:
+    raise ValueError(f'n={n}: it must be at least 1')
+  return math.log(n) - (n - 1) / n
+
+
+class EntropyFit(NamedTuple):
+  """R = -a exp(H) + b, its share of the variance, and R at H = 0."""
+
+  a: float
+  b: float
+  r_squared: float
+  ceiling: float
+
+
+def entropy_fit(
+  entropies: Float[np.ndarray, ' N'], rewards: Float[np.ndarray, ' N']
+) -> EntropyFit:
+  """Fit what reward a policy buys with its entropy.
+
+  R = -a exp(H) + b, by least squares; at H = 0 nothing is left: b - a
+
+  A regularity of runs that do not intervene in the entropy, no law: fit the
+  first part of a run, and see whether the rest keeps to it.
+
+  Args:
+    entropies: mean entropy per token at each evaluation, in nats.
+    rewards: mean reward or accuracy at the same.
+
+  Returns:
+    The fit; r_squared is 1 where all rewards are equal.
+
+  Raises:
+    ValueError: fewer than two different entropies.
+
+  References:
+    Cui et al. 2025, The Entropy Mechanism of Reinforcement Learning for
+    Reasoning Language Models, arXiv:2505.22617.
+  """
+  if len(np.unique(entropies)) < 2:
+    raise ValueError(
+      f'{len(np.unique(entropies))} different entropies determine no line: fit'
+      ' at least 2 evaluations of a run'
+    )
+  x = np.exp(entropies) - np.exp(entropies).mean()
+  y = rewards - rewards.mean()
+  slope = float(x @ y / (x @ x))
+  b = float(rewards.mean() - slope * np.exp(entropies).mean())
+  total, residual = float(y @ y), float(np.square(y - slope * x).sum())
+  r_squared = 1 - residual / total if total > 0 else 1.0
+  return EntropyFit(-slope, b, r_squared, b + slope)
 
 
 def wilson_interval(

@@ -21,10 +21,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.golden import advantages, correction, policy, preference
+from experiments.golden import (
+  advantages,
+  correction,
+  distillation,
+  evaluation,
+  policy,
+  preference,
+)
 from experiments.golden.common import Arrays
 
-PARTS = (advantages, correction, policy, preference)
+PARTS = (
+  advantages,
+  correction,
+  distillation,
+  evaluation,
+  policy,
+  preference,
+)
 
 
 def differences(case: Arrays, folder: pathlib.Path, fn: Callable) -> list[str]:

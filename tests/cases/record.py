@@ -103,6 +103,20 @@ def draw() -> dict[str, np.ndarray]:
     'divergences': np.array([-1.0, 0.09, 0.1, 0.11, 5.0]),
     'counts': rng.integers(0, 30, rows),
     'few_tokens': rng.integers(0, 2, (rows, length)),
+    'chosen_lengths': rng.integers(1, 9, rows),
+    'rejected_lengths': rng.integers(1, 9, rows),
+    'negative_chosen': -9 * rng.random(rows) - 0.5,
+    'negative_rejected': -9 * rng.random(rows) - 0.5,
+    'desirable': np.array([True, False, False, True, True]),
+    'reference_point': np.asarray(0.4),
+    'margins': rng.random(rows),
+    'preference': rng.random(rows),
+    'swapped': rng.random(rows),
+    'step_shares': rng.random((rows, length)),
+    'steps_right': rng.random((rows, length)) < 0.6,
+    'successes': (rng.random((rows, length, 8)) < 0.3).astype(float),
+    'ranks': np.array([[1, 0, 3, 2], [0, 5, 0, 1], [2, 2, 1, 0], [3, 2, 1, 0]]),
+    'steps': np.array([0.0, 1.0, 33.0, 80.0, 500.0]),
   }
 
 

@@ -9,9 +9,12 @@ first argument), so that central differences see only what is differentiated.
 
 from oracles.advantages import *
 from oracles.aggregation import *
+from oracles.distillation import *
 from oracles.logprobs import *
 from oracles.losses import *
 from oracles.mismatch import *
 from oracles.policy_variants import *
+from oracles.preference import *
+from oracles.reward_models import *
 from oracles.selection import *
 from oracles.shaping import *
