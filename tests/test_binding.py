@@ -22,7 +22,12 @@ from postrain.binding import bind, check_arguments
 
 MODULES = (advantages, aggregation, importance, kl, losses, masks)
 # What has no default must be said; these are values that fit.
-NEEDED = {'length': 8, 'learning_rate': 1e-3}
+NEEDED = {
+  'kl_coef': 0.1,
+  'learning_rate': 1e-3,
+  'length': 8,
+  'threshold': 0.5,
+}
 PUBLIC = [(m, n) for m in (*MODULES, optimizers) for n in m.__all__]
 
 
