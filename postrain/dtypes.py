@@ -17,5 +17,6 @@ def promoted(*arrays: Shaped[Array, '...']) -> tuple[Array, ...]:
   log-probs need the digits, and nothing is ever cast down.
   """
   with jax.numpy_dtype_promotion('standard'):
-    dtype = jnp.result_type(jnp.float32, *arrays)
+    # Of their types, for a weakly typed float64 array would give way.
+    dtype = jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
   return tuple(array.astype(dtype) for array in arrays)

@@ -27,6 +27,7 @@ NEEDED = {
   'buffer': 4,
   'coef': 0.1,
   'k': 2,
+  'kl_coef': 0.1,
   'learning_rate': 1e-3,
   'length': 8,
   'max_length': 16,
@@ -34,6 +35,7 @@ NEEDED = {
   'num_sequences': 8,
   'outcome_weight': 0.5,
   'positive_coef': 0.1,
+  'threshold': 0.5,
   'weights': (1.0, 0.1),
 }
 PUBLIC = [(m, n) for m in (*MODULES, optimizers) for n in m.__all__]

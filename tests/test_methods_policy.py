@@ -1,5 +1,7 @@
 """What the methods promise of policy losses, masks and corrections."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -505,6 +507,7 @@ TINY = {
 }  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def layer_logprobs(params, tokens, depth):
   """Of the policy after some layers: a model that ends there."""
   model = transformer(Config(**TINY | {'num_layers': depth}))
@@ -526,13 +529,18 @@ def layer_logprobs(params, tokens, depth):
 
 def test_m77_the_last_layer_is_the_model_and_later_layers_have_no_gradient():
   model = transformer(Config(**TINY))
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 11)
-  positions = jnp.broadcast_to(jnp.arange(5), tokens.shape)
-  hidden, _ = model.hidden(
-    params, tokens, positions=positions, segment_ids=jnp.ones_like(tokens)
-  )
-  whole = logprobs.token_logprobs(model.unembed(params, hidden), tokens)
+
+  @jax.jit
+  def model_logprobs(params):
+    positions = jnp.broadcast_to(jnp.arange(5), tokens.shape)
+    hidden, _ = model.hidden(
+      params, tokens, positions=positions, segment_ids=jnp.ones_like(tokens)
+    )
+    return logprobs.token_logprobs(model.unembed(params, hidden), tokens)
+
+  whole = model_logprobs(params)
   found = layer_logprobs(params, tokens, 3)
   np.testing.assert_allclose(found, whole, rtol=1e-12)
 
@@ -544,7 +552,7 @@ def test_m77_the_last_layer_is_the_model_and_later_layers_have_no_gradient():
     logp = layer_logprobs(params, tokens, 2)
     return jnp.sum(losses.ppo_clip(logp, old, jnp.ones_like(old), mask)[0])
 
-  for leaf in jax.tree.leaves(jax.grad(loss)(params)['layers']):
+  for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)['layers']):
     np.testing.assert_array_equal(leaf[2], 0)
     assert np.any(np.asarray(leaf[:2]) != 0)
 
