@@ -29,10 +29,14 @@ from postrain.types import Batch
 ROWS, LENGTH, VOCAB = 8, 10, 11
 QUICKLY = {'xla_backend_optimization_level': 0}  # for the compiler
 TOLERANCE = {'float32': 2e-5, 'float64': 1e-10}
-NEEDED = {'constant_length': {'length': 7.0}}  # required hyperparameters
+NEEDED = {  # required hyperparameters
+  'constant_length': {'length': 7.0},
+  'dro': {'kl_coef': 0.2},
+  'mirror_descent': {'kl_coef': 0.2},
+}
 KNOWN = (
   *('advantages', 'groups', 'logprobs', 'mask', 'old_logprobs', 'old_values'),
-  *('ref_logprobs', 'returns', 'sampler_logprobs', 'values'),
+  *('ref_logprobs', 'returns', 'sampler_logprobs', 'selected', 'values'),
 )
 
 
@@ -178,6 +182,7 @@ def minibatch(dtype):
     'groups': jnp.arange(ROWS) // 4,
     'trained': trained,
     'counted': mask,
+    'selected': mask & jnp.asarray(draw.random(mask.shape) < 0.5),
   }
   # What stands off the mask must not matter.
   arrays |= {
