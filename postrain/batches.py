@@ -45,14 +45,15 @@ def assemble(
 
   Args:
     rollout: its rewards [P G] already hold what shapes them.
-    advantage: (rewards [P G]) -> [P G].
+    advantage: of `postrain.advantages`; one that asks for a ``mask`` is along
+      tokens, with the reward of a completion on its last token.
     trained: tokens of the policy term, the mask if None.
     counted: tokens of its denominator, ``trained`` if None.
   """
   mask = rollout.mask
-  rewards = rollout.rewards
-  groups = jnp.repeat(jnp.arange(rewards.shape[0]), rewards.shape[1])
-  advantages = call_by_name(advantage, {'rewards': rewards}).reshape(-1, 1)
+  num_prompts, num_samples = rollout.rewards.shape
+  groups = jnp.repeat(jnp.arange(num_prompts), num_samples)
+  advantages = _advantages(advantage, rollout, groups)
   trained = mask if trained is None else trained & mask
   counted = trained if counted is None else counted & mask
   arrays = {
@@ -68,6 +69,24 @@ def assemble(
     weights={},
     arrays={**rollout.arrays, **arrays},
   )
+
+
+def _advantages(
+  advantage: Callable[..., Array], rollout: Rollout, groups: Array
+) -> Array:
+  """Advantages of tokens [B T], or of sequences [B 1]."""
+  mask, rewards = rollout.mask, rollout.rewards
+  if 'mask' in inspect.signature(advantage).parameters:
+    left = jnp.flip(jnp.cumsum(jnp.flip(mask, axis=1), axis=1), axis=1)
+    token_rewards = jnp.where(mask & (left == 1), rewards.reshape(-1, 1), 0)
+    arrays = {**rollout.arrays, 'rewards': token_rewards, 'mask': mask}
+    arrays |= {'groups': groups, 'turn_ids': rollout.turn_ids}
+    return call_by_name(advantage, arrays)
+  arrays = {'rewards': rewards, 'lengths': mask.sum(-1).reshape(rewards.shape)}
+  if 'old_logprobs' in rollout.arrays:
+    logprobs = jnp.where(mask, rollout.arrays['old_logprobs'], 0).sum(-1)
+    arrays['sequence_logprobs'] = logprobs.reshape(rewards.shape)
+  return call_by_name(advantage, arrays).reshape(-1, 1)
 
 
 def reweigh(

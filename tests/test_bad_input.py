@@ -62,7 +62,7 @@ FIELDS = [
   ('sort', {'loss.clip_hihg': 0.3}, "did you mean 'clip_high'"),
   ('sort', {'loss': {'name': 'squared_error'}}, 'asks for values, returns'),
   ('sort', {'advantage.name': 'group_normalised'}, "'group_normalized'"),
-  ('sort', {'advantage': {'name': 'gae'}}, 'gae asks for values, mask'),
+  ('sort', {'advantage': {'name': 'gae'}}, 'gae asks for values; th'),
   ('sort', {'aggregation.name': 'token_sum'}, "has no 'token_sum'"),
   ('sort', {'correction': {}}, r"expected dict\(name='...'\)"),
   ('sort', {'kl.aggregation': {'name': 'mean'}}, "has no 'mean'"),

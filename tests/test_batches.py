@@ -65,6 +65,32 @@ def test_each_token_has_the_advantage_of_its_sequence():
   np.testing.assert_array_equal(batch.arrays['counted'], MASK)
 
 
+def test_advantages_along_tokens_see_the_reward_on_the_last_token():
+  batch = assemble(rollout(), advantage=advantages.discounted_returns)
+  expected = np.where(MASK, REWARDS.reshape(-1, 1), 0)
+  np.testing.assert_allclose(batch.arrays['advantages'], expected, atol=1e-6)
+  discounted = functools.partial(advantages.discounted_returns, discount=0.5)
+  batch = assemble(rollout(), advantage=discounted)
+  left = np.cumsum(MASK[:, ::-1], axis=1)[:, ::-1] - 1
+  np.testing.assert_allclose(
+    batch.arrays['advantages'], expected * 0.5 ** np.maximum(left, 0), atol=1e-6
+  )
+
+
+def test_advantages_may_ask_for_lengths_and_sequence_logprobs():
+  batch = assemble(rollout(), advantage=advantages.optimal_baseline)
+  lengths = MASK.sum(1).reshape(REWARDS.shape)
+  means = (lengths * REWARDS).sum(1) / lengths.sum(1)
+  expected = (REWARDS - means[:, None]).reshape(-1, 1) * MASK
+  np.testing.assert_allclose(batch.arrays['advantages'], expected, atol=1e-6)
+  smoothing = functools.partial(
+    advantages.differential_smoothing, positive_coef=0.1, negative_coef=0.1
+  )
+  values = assemble(rollout(), advantage=smoothing).arrays['advantages']
+  plain = assemble(rollout(), advantage=advantages.group_normalized)
+  assert np.any(np.asarray(values) != np.asarray(plain.arrays['advantages']))
+
+
 def kept_rows(*rows):
   return jnp.isin(jnp.arange(ROWS), jnp.array(rows))[:, None]
 
