@@ -5,6 +5,8 @@ The values are those of `experiments/peers/generate.py`.
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +101,12 @@ def test_unknown_presets_are_errors():
 def test_a_preset_is_a_copy():
   presets.preset('grpo/trl')['loss']['clip_low'] = 9.0
   assert presets.preset('grpo/trl')['loss']['clip_low'] == 0.2
+
+
+def test_the_table_is_that_of_the_presets():
+  root = FILE.parents[2]
+  program = str(root / 'experiments' / 'presets' / 'table.py')
+  done = subprocess.run(
+    [sys.executable, program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == (root / 'docs' / 'presets.md').read_text()
