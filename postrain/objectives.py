@@ -155,6 +155,11 @@ def preference(
       model, params['actor'], batch, 1.0, chunk_size, False
     )
     arrays = _pair_arrays('', logprobs, batch.mask)
+    lengths = batch.mask.sum(-1).reshape(-1, 2)
+    arrays |= {
+      'chosen_lengths': lengths[:, 0],
+      'rejected_lengths': lengths[:, 1],
+    }
     if 'ref_logprobs' in batch.arrays:
       arrays |= _pair_arrays('ref_', batch.arrays['ref_logprobs'], batch.mask)
     values, figures = call_by_name(loss, arrays)

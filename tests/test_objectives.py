@@ -1,6 +1,7 @@
 """Objectives against sums written out, on a model small enough to see."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +233,36 @@ def test_preference_is_the_loss_of_sequence_sums(params, batch):
   found = finish(metrics)
   assert found['preference/margin'] == pytest.approx(margins.mean(), rel=1e-4)
   assert found['preference/accuracy'] == (margins > 0).mean()
+
+
+# aot sorts the whole batch: to it an empty pair is a pair.
+PAIRWISE = [
+  name
+  for name in losses.__all__
+  if {'chosen', 'rejected'}
+  <= set(inspect.signature(getattr(losses, name)).parameters)
+  and name not in ('aot', 'implicit_reward', 'soft_preference')
+]
+
+
+def test_the_walk_finds_pairwise_losses():
+  assert {'dpo', 'ipo', 'simpo', 'orpo', 'cpo', 'hinge'} <= set(PAIRWISE)
+
+
+@pytest.mark.parametrize('name', PAIRWISE)
+def test_every_pairwise_loss_is_an_objective(name, params, batch):
+  """Empty pairs have no weight; whatever they give must stay finite."""
+  batch = pairs(batch)
+  objective = objectives.preference(BIGRAM, loss=getattr(losses, name))
+  gradient, _ = jax.grad(objective, has_aux=True)(params, {}, batch)
+  leaves = jax.tree.leaves(gradient)
+  assert all(np.all(np.isfinite(g)) for g in leaves)
+  assert any(np.any(g != 0) for g in leaves)
+  blank = jax.tree.map(jnp.zeros_like, batch)
+  both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, blank)
+  padded, _ = jax.grad(objective, has_aux=True)(params, {}, both)
+  for a, b in zip(leaves, jax.tree.leaves(padded), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_preference_is_log_two_at_the_reference(params, batch):
