@@ -5,6 +5,10 @@ line (0.1). For a model that has learnt GSM8K's format, such as the export of
 `sft_gsm8k`; for instruction-tuned checkpoints set the ``extract`` of the
 accuracy reward to what they write (``boxed``, ``last``).
 
+Measured from that export, 8 iterations: 1.8 % of 1024 samples end in an answer
+line, none is right; about thirty seconds an iteration on two cores. It shows
+that the parts fit, not that so small a model learns.
+
   python experiments/train.py --config=configs/grpo_gsm8k.py:DATA \\
     --workdir=runs/grpo_gsm8k --config.model.directory=DIR \\
     --config.environment.tokenizer.directory=DIR

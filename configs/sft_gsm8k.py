@@ -4,6 +4,9 @@ A small decoder from scratch and a BPE tokenizer made of the training file on
 the spot: every part is real, but the model is far too small to be good at it.
 `grpo_gsm8k` continues from the export.
 
+Measured, seed 0: the loss falls from 7.67 to 3.47 nats a token in 120 steps of
+about three seconds on two cores; none of 64 held-out answers is right.
+
   python experiments/train.py --config=configs/sft_gsm8k.py:DATA \\
     --workdir=runs/sft_gsm8k
 
