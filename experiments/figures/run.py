@@ -101,7 +101,7 @@ def clip_regions(folder):
     axes[1, column].set_xlabel('ratio')
   axes[0, 0].set_ylabel('value')
   axes[1, 0].set_ylabel('−gradient by log π')
-  axes[1, 0].legend(fontsize=7)
+  axes[1, 1].legend(fontsize=7, loc='lower left')
   finish(figure, folder / 'clip_regions.png')
   shown = (0.5, 0.9, 1.0, 1.1, 1.5, 3.5)
   for advantage in (1.0, -1.0):
