@@ -57,6 +57,7 @@ setup(
       'pytest-timeout>=2.3',
       'pytest-xdist>=3.6',
       'ruff>=0.14',
+      'setuptools>=77',  # the package test builds a wheel
     ],
     'tpu': ['jax[tpu]'],
     'wandb': ['wandb>=0.20'],
