@@ -148,7 +148,7 @@ def test_m06_perfect_value_without_reward_has_no_advantage():
   np.testing.assert_allclose(cut, 0, atol=1e-12)
 
 
-def test_whiten_gives_unit_moments_and_survives_one_token():
+def test_m06_whiten_gives_unit_moments_and_survives_one_token():
   rewards, _, mask = token_arrays()
   found = np.asarray(advantages.whiten(rewards, mask))[np.asarray(mask)]
   np.testing.assert_allclose(found.mean(), 0, atol=1e-12)

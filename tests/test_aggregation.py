@@ -55,7 +55,7 @@ def test_m40_filtered_sequences_may_stay_in_the_denominator():
   np.testing.assert_allclose(jnp.sum(aggregation.token_mean(trained)), 1)
 
 
-def test_empty_rows_count_only_when_asked():
+def test_m09_empty_rows_count_only_when_asked():
   mask = lengths_mask(4, 0)
   for fn in (aggregation.sequence_mean, aggregation.sequence_sum):
     np.testing.assert_allclose(fn(mask), 2 * fn(mask, count_empty=True))

@@ -13,7 +13,7 @@ from postrain import evaluation
 
 
 @pytest.mark.parametrize('n', [1, 2, 5, 16, 128, 1000])
-def test_pass_at_k_is_the_ratio_of_binomials(n):
+def test_m76_pass_at_k_is_the_ratio_of_binomials(n):
   correct = np.unique(np.linspace(0, n, 9).astype(int))
   for k in sorted({1, n // 3 or 1, n // 2 or 1, n}):
     exact = [
@@ -27,7 +27,7 @@ def test_pass_at_k_is_the_ratio_of_binomials(n):
     )
 
 
-def test_pass_at_k_counts_subsets():
+def test_m76_pass_at_k_counts_subsets():
   for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
     if c <= n and k <= n:
       draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
@@ -36,7 +36,7 @@ def test_pass_at_k_counts_subsets():
 
 
 @pytest.mark.parametrize('p', [0.0, 0.05, 0.5, 1.0])
-def test_pass_at_k_is_unbiased(p):
+def test_m76_pass_at_k_is_unbiased(p):
   n, k = 10, 4
   counts = np.arange(n + 1)
   chances = np.array(
@@ -59,7 +59,7 @@ def test_pass_at_k_takes_ragged_problems_and_refuses_nonsense():
       evaluation.pass_at_k(num_correct, num_samples, k)
 
 
-def test_majority():
+def test_m103_majority():
   assert evaluation.majority(['3', '4', '4']) == '4'
   assert evaluation.majority(['4', '3', '3', '4']) == '4'
   assert evaluation.majority([None, None, '4']) == '4'
@@ -120,7 +120,7 @@ def test_bootstrap_interval_is_normal_for_many_and_profits_from_pairs():
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 60), st.data())
-def test_pass_at_k_grows_with_k_and_with_success(n, data):
+def test_m76_pass_at_k_grows_with_k_and_with_success(n, data):
   c = data.draw(st.integers(0, n))
   curve = [float(evaluation.pass_at_k(c, n, k)) for k in range(1, n + 1)]
   assert curve[0] == pytest.approx(c / n, abs=1e-12)

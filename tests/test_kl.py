@@ -188,7 +188,7 @@ def test_m51_exact_is_the_expectation_of_k1_at_each_state():
   np.testing.assert_allclose(kl.exact(z, ref_z), expected, rtol=1e-12)
 
 
-def test_exact_ignores_candidates_that_the_policy_excludes():
+def test_m51_exact_ignores_candidates_that_the_policy_excludes():
   z = jnp.asarray([1.0, 0.0, -jnp.inf])
   ref_z = jnp.asarray([0.0, 0.0, -jnp.inf])
   value, gradient = jax.value_and_grad(kl.exact)(z, ref_z)
@@ -196,14 +196,14 @@ def test_exact_ignores_candidates_that_the_policy_excludes():
   assert np.all(np.isfinite(gradient))
 
 
-def test_absolute_has_subgradient_zero_at_the_reference():
+def test_m74_absolute_has_subgradient_zero_at_the_reference():
   zero = jnp.zeros(3)
   gradient = jax.grad(lambda x: jnp.sum(kl.absolute(x, zero)))(zero)
   np.testing.assert_array_equal(gradient, 0)
 
 
 @pytest.mark.parametrize('fn', [kl.k1, kl.k2, kl.k3, kl.absolute])
-def test_extreme_log_ratios_stay_finite_in_float32(fn):
+def test_m48_extreme_log_ratios_stay_finite_in_float32(fn):
   x = jnp.asarray([-500.0, 500.0, -21.0, 19.0], jnp.float32)
   values, gradient = jax.value_and_grad(
     lambda x: jnp.sum(fn(x, jnp.zeros_like(x)))

@@ -114,7 +114,7 @@ def test_a_loss_is_the_sum_of_its_terms_under_their_weights(params, batch):
   assert found['value/error'] == pytest.approx(error, rel=1e-4)
 
 
-def test_the_gradient_of_reinforce_in_closed_form(params, batch):
+def test_m04_the_gradient_of_reinforce_in_closed_form(params, batch):
   """Σ w A (π − 1[y]) at the row of the previous token."""
   objective = objectives.policy_gradient(BIGRAM, loss=losses.reinforce)
   found = jax.grad(lambda p: objective(p, {}, batch)[0])(params)
@@ -171,7 +171,7 @@ def test_figures_have_no_gradient(params, batch):
   assert not gradient.any()
 
 
-def test_the_ratio_is_one_where_the_old_policy_is_this_one(params, batch):
+def test_m17_the_ratio_is_one_where_the_old_policy_is_this_one(params, batch):
   """At the temperature of the sampler, or every ratio would be off."""
   for temperature, exact in ((0.7, True), (1.0, False)):
     old = score(
@@ -265,7 +265,7 @@ def test_every_pairwise_loss_is_an_objective(name, params, batch):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_preference_is_log_two_at_the_reference(params, batch):
+def test_m22_preference_is_log_two_at_the_reference(params, batch):
   scores = score(BIGRAM, params['actor'], batch.tokens, batch.valid, batch.mask)
   arrays = {'ref_logprobs': scores.logprobs}
   batch = dataclasses.replace(pairs(batch), arrays=arrays)
