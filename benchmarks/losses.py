@@ -5,10 +5,10 @@
 The main losses at [256, 2048] in float32 (distillation at [64, 32, 512],
 preferences at [65536]): jitted; the same function not jitted, which is how a
 loss is naively called; and a straightforward PyTorch formula, where PyTorch is
-installed, eager and compiled (where a C++ compiler works). The sides take turns;
-times are medians. Ratios are over the jitted time: above 1 the jitted side is
-faster. Memory is what the jitted program needs beside its arguments; that of
-PyTorch is not measured.
+installed, eager and compiled (where a C++ compiler works). The sides take
+turns; times are medians. Ratios are over the jitted time: above 1 the jitted
+side is faster. Memory is what the jitted program needs beside its arguments;
+that of PyTorch is not measured.
 """
 
 import argparse
