@@ -21,6 +21,7 @@ from postrain import (
   masks,
   objectives,
   optimizers,
+  shaping,
 )
 from postrain.batches import assemble, call_by_name, reweigh, take
 from postrain.binding import bind
@@ -199,8 +200,9 @@ def _make_prepare(
       metrics |= _reference_metrics(figures, mask)
       if recipe.kl.reward_coef is not None:
         penalty = call_by_name(estimator, {**figures, 'mask': mask})
-        penalty = jnp.where(mask, penalty, 0).sum(-1).reshape(rewards.shape)
-        rewards = rewards - recipe.kl.reward_coef * penalty
+        rewards = shaping.kl_penalized(
+          rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
+        ).reshape(rewards.shape)
     rollout = Rollout(
       tokens=tokens,
       valid=valid,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
+from postrain import shaping
 from postrain.types import Batch, Packing, Rollout
 
 
@@ -77,8 +78,8 @@ def _advantages(
   """Advantages of tokens [B T], or of sequences [B 1]."""
   mask, rewards = rollout.mask, rollout.rewards
   if 'mask' in inspect.signature(advantage).parameters:
-    left = jnp.flip(jnp.cumsum(jnp.flip(mask, axis=1), axis=1), axis=1)
-    token_rewards = jnp.where(mask & (left == 1), rewards.reshape(-1, 1), 0)
+    free = jnp.zeros(mask.shape, rewards.dtype)  # what shapes them is in them
+    token_rewards = shaping.kl_shaped(rewards.reshape(-1), free, mask)
     arrays = {**rollout.arrays, 'rewards': token_rewards, 'mask': mask}
     arrays |= {'groups': groups, 'turn_ids': rollout.turn_ids}
     return call_by_name(advantage, arrays)
