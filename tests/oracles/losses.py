@@ -81,6 +81,19 @@ def ppo_clip(
   return values, metrics | drift(logprobs, old_logprobs, mask, max_log_ratio)
 
 
+def sequence_surrogate(s, advantages, mask, clip_low, clip_high):
+  """The clipped surrogate of a ratio of sequences, and its metrics."""
+  values = over_tokens(
+    mask,
+    lambda i, t: clipped_surrogate(
+      s[i, t], advantages[i, t], clip_low, clip_high
+    ),
+  )
+  metrics = clip_metrics(s, advantages, mask, clip_low, clip_high)
+  metrics['sequence_ratio'] = over_tokens(mask, lambda i, t: s[i, t])
+  return values, metrics
+
+
 def gspo(
   logprobs,
   old_logprobs,
@@ -93,14 +106,7 @@ def gspo(
 ):
   s = sequence_ratio(logprobs, old_logprobs, mask, max_log_ratio=max_log_ratio)
   s = np.array([[x] * mask.shape[1] for x in s])
-  values = over_tokens(
-    mask,
-    lambda i, t: clipped_surrogate(
-      s[i, t], advantages[i, t], clip_low, clip_high
-    ),
-  )
-  metrics = clip_metrics(s, advantages, mask, clip_low, clip_high)
-  metrics['sequence_ratio'] = over_tokens(mask, lambda i, t: s[i, t])
+  values, metrics = sequence_surrogate(s, advantages, mask, clip_low, clip_high)
   return values, metrics | drift(logprobs, old_logprobs, mask, max_log_ratio)
 
 
@@ -122,14 +128,7 @@ def gspo_token(
     if mask[i, t]:
       own = logprobs[i, t] - stopped[i, t]
       s[i, t] = np.exp(limited(mean[i] + own, max_log_ratio))
-  values = over_tokens(
-    mask,
-    lambda i, t: clipped_surrogate(
-      s[i, t], advantages[i, t], clip_low, clip_high
-    ),
-  )
-  metrics = clip_metrics(s, advantages, mask, clip_low, clip_high)
-  metrics['sequence_ratio'] = over_tokens(mask, lambda i, t: s[i, t])
+  values, metrics = sequence_surrogate(s, advantages, mask, clip_low, clip_high)
   return values, metrics | drift(logprobs, old_logprobs, mask, max_log_ratio)
 
 

@@ -4,9 +4,9 @@ import numpy as np
 
 from oracles.losses import (
   clip_metrics,
-  clipped_surrogate,
   drift,
   over_tokens,
+  sequence_surrogate,
 )
 from oracles.mismatch import limited, product_ratio, ratio
 
@@ -28,14 +28,7 @@ def sequence_clip(
 ):
   s = product_ratio(logprobs, old_logprobs, mask, max_log_ratio=max_log_ratio)
   s = rows_of(s, mask)
-  values = over_tokens(
-    mask,
-    lambda i, t: clipped_surrogate(
-      s[i, t], advantages[i, t], clip_low, clip_high
-    ),
-  )
-  metrics = clip_metrics(s, advantages, mask, clip_low, clip_high)
-  metrics['sequence_ratio'] = over_tokens(mask, lambda i, t: s[i, t])
+  values, metrics = sequence_surrogate(s, advantages, mask, clip_low, clip_high)
   return values, metrics | drift(logprobs, old_logprobs, mask, max_log_ratio)
 
 
