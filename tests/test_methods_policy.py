@@ -226,6 +226,21 @@ def test_m43_gradient_is_the_bounded_ratio_and_that_of_ppo_inside():
   assert 0 < inside.sum() < inside.size
 
 
+def test_m43_the_value_follows_the_level_of_the_logprobs():
+  """Where all are less likely alike: another value, the same gradient."""
+  logp, old, a, mask = drawn()
+  values = [
+    jnp.sum(losses.cispo(logp - level, old - level, a, mask)[0])
+    for level in (0.0, 5.0)
+  ]
+  assert abs(values[0] - values[1]) > 1
+  slopes = [
+    gradient('cispo', logp - level, old - level, a, mask)
+    for level in (0.0, 5.0)
+  ]
+  np.testing.assert_allclose(*slopes, rtol=1e-12)
+
+
 def test_m45_minirl_is_ppo_where_sampler_and_learner_agree():
   """Also outside of the band: the mask is the table of zero gradients."""
   logp, old, a, mask = drawn(spread=0.8)

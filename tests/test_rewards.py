@@ -164,7 +164,7 @@ BATTERY = [
 
 
 @pytest.mark.parametrize(('extract', 'text', 'answer', 'reward'), BATTERY)
-def test_accuracy_agrees_with_a_teacher(extract, text, answer, reward):
+def test_m58_accuracy_agrees_with_a_teacher(extract, text, answer, reward):
   assert graded(rewards.accuracy, text, answer=answer, extract=extract) == [
     reward
   ]
@@ -212,7 +212,7 @@ def test_accuracy_refuses_a_broken_reference(example, message):
     '\x00\ud800#### \udfff',
   ],
 )
-def test_hostile_text_earns_nothing_and_ends(text, extract):
+def test_m58_hostile_text_earns_nothing_and_ends(text, extract):
   assert graded(rewards.accuracy, text, answer='1', extract=extract) == [0]
   assert graded(rewards.answer_format, text) == [0]
   assert graded(rewards.format_tags, text) == [0]
@@ -228,7 +228,7 @@ def test_answer_format_wants_one_marker_and_a_number_at_the_end():
   assert graded(rewards.answer_format, *bad) == [0] * len(bad)
 
 
-def test_format_tags_stand_once_and_in_order():
+def test_m59_format_tags_stand_once_and_in_order():
   good = [
     '<think>a</think><answer>b</answer>',
     ' <think>\na\n</think>\n\n<answer>b\n</answer>\n',
