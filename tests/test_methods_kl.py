@@ -123,7 +123,7 @@ def test_m49_table_of_placements():
   """Which of them have the gradient of the divergence of sequences."""
   policy, ref = tabular.random_policy(0), tabular.random_policy(1)
   truth = jax.grad(tabular.divergence)(policy, ref)
-  table = placement_table(policy, ref)
+  table = jax.jit(placement_table)(policy, ref)
   found = {k for k, g in table.items() if tabular.gap(g, truth) < 1e-12}
   assert found == {
     ('k1', 'reward', 'reward-to-go'),

@@ -133,7 +133,7 @@ def test_m12_order_of_responses_does_not_matter(loss):
 
 
 def test_m12_a_prompt_weighs_one_whatever_its_responses():
-  for k in range(2, 10):
+  for k in (2, 4, 9):
     values, _ = losses.ranked_pairs(jnp.zeros((1, k)), jnp.arange(k)[None])
     np.testing.assert_allclose(values, np.log(2), rtol=1e-14)
   ties, _ = losses.ranked_pairs(row(1.0, 2.0, 3.0), jnp.zeros((1, 3), int))
