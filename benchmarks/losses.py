@@ -11,8 +11,9 @@ divergences at [64, 32, 512]; metrics are not computed. The sides:
   compiled (where a C++ compiler works).
 
 Before anything is timed all sides must agree, value and gradient, to 1e-4. The
-sides take turns; times are medians. Ratios are over the jitted time: above 1
-the library is faster. Memory is the peak of what lives beside arguments and
+sides take turns; times are the least of all turns, which other work on the
+machine disturbs least. Ratios are over the jitted time: above 1 the library is
+faster. Memory is the peak of what lives beside arguments and
 results: XLA's own figure of the program, and for PyTorch the allocations and
 frees that its profiler records in one call.
 """
@@ -103,14 +104,14 @@ def agree(name: str, side: str, found: Any, wanted: Any) -> None:
     )
 
 
-def medians(sides: dict[str, Callable[[], Any]], rounds: int) -> dict:
-  times: dict[str, list[float]] = {name: [] for name in sides}
+def least(sides: dict[str, Callable[[], Any]], rounds: int) -> dict:
+  times = dict.fromkeys(sides, float('inf'))
   for _ in range(rounds):
     for name, run in sides.items():
       start = time.perf_counter()
       jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - start)
-  return {name: 1e3 * float(np.median(t)) for name, t in times.items()}
+      times[name] = min(times[name], time.perf_counter() - start)
+  return {name: 1e3 * t for name, t in times.items()}
 
 
 def measure(
@@ -133,7 +134,7 @@ def measure(
   for side, run in sides.items():
     agree(name, side, run(), wanted)
   memory |= {s: torch_memory(r) for s, r in sides.items() if 'torch' in s}
-  times = medians(sides, rounds)
+  times = least(sides, rounds)
   base = times.pop('jit')
   cells = [f'`{name}`', f'{base:.2f} ms, {memory["jit"]:.1f} MiB']
   for side, t in times.items():
@@ -173,7 +174,7 @@ def main() -> None:
   print('| ' + ' | '.join([*heads, 'formula']) + ' |')
   print('|' + ' --- |' * (len(heads) + 1))
   for name in flags.names or ROWS:
-    print(measure(name, x, 3 if flags.quick else 15, hows), flush=True)
+    print(measure(name, x, 3 if flags.quick else 20, hows), flush=True)
   if not flags.names:
     print()
     print('\n'.join(f'- `{k}` has no row: {v}' for k, v in NO_LOSS.items()))

@@ -79,6 +79,6 @@ def torch_operations() -> SimpleNamespace:
     sigmoid=torch.sigmoid,
     sign=torch.sign,
     softplus=F.softplus,
-    sort=lambda v: torch.sort(v).values,
+    sort=lambda v: torch.sort(v, stable=True).values,
     where=torch.where,
   )
