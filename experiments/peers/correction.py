@@ -1,10 +1,8 @@
 """Corrections of the sampler's mismatch by verl, and TRL's sequence mask."""
 
-import numpy as np
 import torch
 
 from experiments.peers.common import (
-  FLOAT32,
   PLUS_1E8,
   Arrays,
   case,

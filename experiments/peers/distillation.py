@@ -17,12 +17,12 @@ from experiments.peers.common import (
   token_mean,
 )
 
-MASK = rollout('tool')['mask'][:4]
+MASK = rollout('tool')['mask']
 BETAS = {'forward_kl': 0.0, 'low': 0.1, 'mid': 0.5, 'reverse_kl': 1.0}
 
 
 def drawn() -> Arrays:
-  logits = [2 * normal(seed, *MASK.shape, 7) for seed in (60, 61)]
+  logits = [2 * normal(seed, *MASK.shape, 5) for seed in (60, 61)]
   logits[1][0] = logits[0][0]  # a row where the two agree
   return dict(student_logits=logits[0], teacher_logits=logits[1], mask=MASK)
 
@@ -73,7 +73,7 @@ def self_distillation() -> list[Arrays]:
 
       outputs = differentiated(fn, x, 'student_logits')
       found.append(made(f'{kind}_{name}', hyper, x, outputs))
-  ids = np.random.default_rng(62).integers(7, size=MASK.shape)
+  ids = np.random.default_rng(62).integers(5, size=MASK.shape)
   x = x | {'token_ids': ids}
 
   def sampled(x: Arrays) -> torch.Tensor:
@@ -96,8 +96,8 @@ def chunked() -> list[Arrays]:
   x = dict(
     student_hidden=normal(63, *MASK.shape, 3),
     teacher_hidden=normal(64, *MASK.shape, 4),
-    student_head=normal(65, 7, 3),
-    teacher_head=normal(66, 7, 4),
+    student_head=normal(65, 5, 3),
+    teacher_head=normal(66, 5, 4),
     mask=MASK,
   )
   found = []

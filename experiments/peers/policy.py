@@ -8,7 +8,6 @@ import torch
 
 from experiments.peers.common import (
   EXACT,
-  FLOAT32,
   PLUS_1E8,
   Arrays,
   case,
@@ -50,7 +49,9 @@ def verl(
     x['weights'] = weights
   reads_clip = loss not in ('gpg', 'dro', 'kl_cov', 'reinforce')
   clips = {'eps_low': 'clip_ratio_low', 'eps_high': 'clip_ratio_high'}
-  named = {clips[k]: hyper[k] for k in clips if k in hyper} if reads_clip else {}
+  named = (
+    {clips[k]: hyper[k] for k in clips if k in hyper} if reads_clip else {}
+  )
   if 'dual_clip' in hyper:  # None: verl has no such switch
     named['clip_ratio_c'] = hyper['dual_clip'] or 1e30
   config = verl_config(**(named | options))
@@ -337,7 +338,9 @@ def verl_kl() -> list[Arrays]:
     # The peer clamps k3 at 10, so that a sum is not comparable.
     outputs['per_token'] = penalty(tensors(grid)).numpy()
     del outputs['loss']
-    found.append(case(f'{name}_grid__verl', 'kl', {'kind': kind}, grid, outputs))
+    found.append(
+      case(f'{name}_grid__verl', 'kl', {'kind': kind}, grid, outputs)
+    )
     for mode in ('token-mean', SEQUENCE_MEAN):
 
       def fn(x: Arrays, mode: str = mode, fn: Callable = penalty):

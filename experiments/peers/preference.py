@@ -17,9 +17,10 @@ from experiments.peers.common import (
 )
 from experiments.peers.stand_ins import trainer
 
-PAIRS = 6
+PAIRS = 8
 SUMMED = ('chosen_logps', 'rejected_logps')
-CHOSEN, REJECTED = np.array([4, 1, 7, 3, 2, 5]), np.array([3, 6, 1, 3, 4, 2])
+CHOSEN = np.array([4, 1, 7, 3, 2, 5, 6, 3])
+REJECTED = np.array([3, 6, 1, 3, 4, 2, 5, 1])
 
 
 def pairs() -> Arrays:
@@ -90,10 +91,9 @@ def dpo(
 
 def dpo_family() -> list[Arrays]:
   plain = ('sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'nca_pair', 'bco_pair',
-           'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down',
-           'discopop')  # fmt: skip
+           'sppo_hard', 'aot', 'apo_zero', 'apo_down', 'discopop')  # fmt: skip
   found = [dpo(name, name) for name in plain]
-  smoothed = ('exo_pair', 'robust', 'aot', 'aot_unpaired')
+  smoothed = ('exo_pair', 'robust', 'aot')
   found += [dpo(f'{k}_smoothed', k, smoothing=0.1) for k in smoothed]
   for divergence in ('forward_kl', 'js_divergence'):
     found += [dpo(f'{k}_{divergence}', k, divergence)
@@ -147,14 +147,14 @@ def cpo() -> list[Arrays]:
     ('conservative_label_smoothing', 'sigmoid', 0.1),
     ('ipo_unnormalised', 'ipo', 0.0),
   ):
-    options = dict(loss_type=kind, label_smoothing=smoothing)
-    made = cpo_trainer(beta=0.1, **options)
+    options = {'label_smoothing': smoothing} if smoothing else {}
+    made = cpo_trainer(beta=0.1, loss_type=kind, **options)
 
     def ratios(x: Arrays, made: Any = made) -> torch.Tensor:
       args = (x[k] - x[f'ref_{k}'] for k in SUMMED)
       return made.cpo_loss(*args)[0].mean()
 
-    hyper = dict(beta=0.1, **options)
+    hyper = dict(beta=0.1, loss_type=kind, **options)
     outputs = differentiated(ratios, pairs(), *SUMMED)
     full = f'dpo_{name}__trl'
     found.append(case(full, 'preference', hyper, pairs(), outputs))
@@ -181,6 +181,9 @@ def orpo() -> Arrays:
   return case(*made, FLOAT32)
 
 
+MIXED = [1, 0, 1, 1, 0, 0, 1, 0]
+
+
 def kto() -> list[Arrays]:
   from trl import KTOTrainer
 
@@ -188,9 +191,9 @@ def kto() -> list[Arrays]:
   ref = (policy - 2 * normal(44, PAIRS)).round(6)
   found = []
   for name, shift, weight, labels in (
-    ('positive', 1.0, 1.0, [1, 0, 1, 1, 0, 0]),
-    ('clamped', -1.0, 1.0, [1, 0, 1, 1, 0, 0]),
-    ('weighted', 1.0, 1.33, [1, 0, 1, 1, 0, 0]),
+    ('positive', 1.0, 1.0, MIXED),
+    ('clamped', -1.0, 1.0, MIXED),
+    ('weighted', 1.0, 1.33, MIXED),
     ('all_desirable', 0.5, 1.0, [1] * PAIRS),
     ('none_desirable', 0.5, 1.0, [0] * PAIRS),
   ):

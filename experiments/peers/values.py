@@ -61,7 +61,9 @@ def lines(cases: list[Arrays]) -> str:
       inputs[name] = names.setdefault(key, f'{name}_{same}')
     outputs = {k: plain(v) for k, v in case['outputs'].items()}
     case |= dict(inputs=inputs, outputs=outputs)
-  versions = {k: importlib.metadata.version(k) for k in ('trl', 'verl', 'torch')}
+  versions = {
+    k: importlib.metadata.version(k) for k in ('trl', 'verl', 'torch')
+  }
   arrays = [f'"{key}": {text}' for (_, text), key in names.items()]
   rows = [json.dumps(case) for case in cases]
   return (
