@@ -5,6 +5,7 @@ prepare, update, imitate.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from postrain import (
   optimizers,
   shaping,
 )
-from postrain.batches import assemble, call_by_name, reweigh, take
+from postrain.batches import asked, assemble, call_by_name, reweigh, take
 from postrain.binding import bind
+from postrain.couplings import with_array, with_selection
 from postrain.recipe import Block, Recipe
 from postrain.sampling import sample
 from postrain.scoring import score
@@ -46,11 +48,14 @@ class Algorithm(NamedTuple):
 
   Attributes:
     sample: (params, prompts, prompt_mask, key, prompt_ids) -> Samples.
-    prepare: (params, ref_params, prompts, prompt_mask, samples, rewards)
-      -> (Batch, Metrics, columns): scores, KL in the reward, advantages, and
-      figures of each completion.
-    update: (state, batch, rows) -> (state, Metrics): one optimiser step on the
-      minibatch of ``rows``.
+    greedy: the same, one greedy completion of each prompt; None unless the
+      advantage asks for their rewards, ``baselines``.
+    prepare: (params, ref_params, prompts, prompt_mask, samples, rewards,
+      signals) -> (Batch, Metrics, columns): scores, KL in the reward,
+      advantages, and figures of each completion. The ``signals`` are those of
+      `postrain.batches.assemble`.
+    update: (state, batch, rows, key) -> (state, Metrics): one optimiser step on
+      the minibatch of ``rows``; the key is for masks that draw.
     imitate: (state, tokens, valid, mask) -> (state, Metrics): one supervised
       step.
     move_reference: (ref_params, params, iteration) -> ref_params.
@@ -59,6 +64,7 @@ class Algorithm(NamedTuple):
   """
 
   sample: Callable[..., Samples]
+  greedy: Callable[..., Samples] | None
   prepare: Callable[..., tuple[Batch, Metrics, dict[str, Any]]]
   update: Callable[..., tuple[Any, Metrics]]
   imitate: Callable[..., tuple[Any, Metrics]]
@@ -80,11 +86,13 @@ def make_algorithm(
     correction=_optional(importance, recipe.correction),
   )
   estimator = bind(kl, recipe.kl.estimator)
+  advantage = _bind_advantage(recipe)
+  loss = bind(losses, recipe.loss)
   rl_optimizer = bind(optimizers, recipe.rl.optimizer)()
   sft_optimizer = bind(optimizers, recipe.sft.optimizer)()
   objective = objectives.policy_gradient(
     model,
-    loss=bind(losses, recipe.loss),
+    loss=loss,
     kl=estimator,
     kl_coef=recipe.kl.loss_coef,
     entropy_coef=recipe.entropy_coef,
@@ -104,8 +112,13 @@ def make_algorithm(
     num_micro_batches=recipe.sft.num_micro_batches,
   )
 
-  def update(state: Any, batch: Batch, rows: Any) -> tuple[Any, Metrics]:
-    return rl_step(state, {}, weigh(take(batch, rows)))
+  select = _make_select(recipe, model, restricts='selected' not in asked(loss))
+
+  def update(
+    state: Any, batch: Batch, rows: Any, key: Any
+  ) -> tuple[Any, Metrics]:
+    batch = select(state.params['actor'], take(batch, rows), key)
+    return rl_step(state, {}, weigh(batch))
 
   def imitate(
     state: Any, tokens: Any, valid: Any, mask: Any
@@ -113,9 +126,11 @@ def make_algorithm(
     weights = {'policy': call_by_name(aggregation.token_mean, {'mask': mask})}
     return sft_step(state, {}, Batch(tokens, valid, mask, weights, {}))
 
+  greedy = _make_sample(recipe, model, pad_id, stop_ids, greedy=True)
   return Algorithm(
     sample=_make_sample(recipe, model, pad_id, stop_ids),
-    prepare=_make_prepare(recipe, model, estimator),
+    greedy=greedy if 'baselines' in asked(advantage) else None,
+    prepare=_make_prepare(recipe, model, estimator, advantage),
     update=update,
     imitate=imitate,
     move_reference=_make_move_reference(recipe),
@@ -129,15 +144,62 @@ def _optional(module: Any, block: Block | None) -> Callable | None:
   return None if block is None else bind(module, block)
 
 
+def _bind_advantage(recipe: Recipe) -> Callable[..., Any]:
+  """The advantage; one of several rewards has their weights from them."""
+  advantage = bind(advantages, recipe.advantage)
+  if 'reward_parts' not in asked(advantage):
+    return advantage
+  if recipe.kl.reward_coef is not None:
+    raise ValueError(
+      f'kl.reward_coef={recipe.kl.reward_coef} with advantage'
+      f' {recipe.advantage["name"]!r}: each reward is standardised by itself'
+      ' and none of them holds the KL; use kl.loss_coef'
+    )
+  weights = tuple(block['weight'] for block in recipe.rewards.values())
+  return bind(advantages, {'weights': weights, **recipe.advantage})
+
+
+def _make_select(
+  recipe: Recipe, model: Model, restricts: bool
+) -> Callable[..., Batch]:
+  """The selection, passed to a loss that asks for it, else what trains."""
+  selection = _optional(masks, recipe.selection)
+
+  def select(params: Params, batch: Batch, key: Any) -> Batch:
+    if selection is None:
+      return batch
+    batch = with_selection(
+      model,
+      params,
+      batch,
+      selection=selection,
+      key=key,
+      temperature=recipe.sampling.temperature,
+      chunk_size=recipe.chunk_size,
+      num_slices=recipe.rl.num_micro_batches,
+    )
+    if restricts:
+      trained = batch.arrays['trained'] & batch.arrays['selected']
+      batch = with_array(batch, 'trained', trained)
+    return batch
+
+  return select
+
+
 def _uses_reference(recipe: Recipe) -> bool:
   coefs = (recipe.kl.reward_coef, recipe.kl.loss_coef)
   return any(coef is not None for coef in coefs)
 
 
 def _make_sample(
-  recipe: Recipe, model: Model, pad_id: int, stop_ids: tuple[int, ...]
-) -> Callable[..., Samples]:
+  recipe: Recipe, model: Model, pad_id: int, stop_ids: tuple[int, ...],
+  greedy: bool = False,
+) -> Callable[..., Samples]:  # fmt: skip
   choices = recipe.sampling
+  if greedy:
+    choices = dataclasses.replace(
+      choices, num_samples=1, temperature=0, top_k=None, top_p=None, min_p=None
+    )
 
   def draw(
     params: Params, prompts: Any, prompt_mask: Any, key: Any, prompt_ids: Any
@@ -163,9 +225,8 @@ def _make_sample(
 
 
 def _make_prepare(
-  recipe: Recipe, model: Model, estimator: Callable
+  recipe: Recipe, model: Model, estimator: Callable, advantage: Callable
 ) -> Callable[..., tuple[Batch, Metrics, dict[str, Any]]]:
-  advantage = bind(advantages, recipe.advantage)
   score_fn = functools.partial(
     score,
     model,
@@ -176,7 +237,7 @@ def _make_prepare(
 
   def prepare(
     params: Params, ref_params: Params, prompts: Any, prompt_mask: Any,
-    samples: Samples, rewards: Any,
+    samples: Samples, rewards: Any, signals: dict[str, Any],
   ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
     scores = score_fn(params['actor'], tokens, valid, mask)
@@ -200,9 +261,12 @@ def _make_prepare(
       metrics |= _reference_metrics(figures, mask)
       if recipe.kl.reward_coef is not None:
         penalty = call_by_name(estimator, {**figures, 'mask': mask})
-        rewards = shaping.kl_penalized(
-          rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
-        ).reshape(rewards.shape)
+        if 'mask' in asked(advantage):  # along tokens: each pays for itself
+          arrays['penalties'] = recipe.kl.reward_coef * penalty
+        else:
+          rewards = shaping.kl_penalized(
+            rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
+          ).reshape(rewards.shape)
     rollout = Rollout(
       tokens=tokens,
       valid=valid,
@@ -214,7 +278,9 @@ def _make_prepare(
       arrays=arrays,
     )
     trained = _trained_tokens(recipe, rollout, informative)
-    batch = assemble(rollout, advantage=advantage, trained=trained)
+    batch = assemble(
+      rollout, advantage=advantage, trained=trained, signals=signals
+    )
     return batch, metrics, _columns(batch, gap)
 
   return prepare

@@ -115,14 +115,16 @@ def _iteration(
     for reward in environment.device_task.rewards.values():
       reward(repeated, samples.tokens, samples.mask)
   rewards = jnp.zeros((len(prompts), num_samples))
+  parts = jnp.zeros((*rewards.shape, len(recipe.rewards)))
+  signals = {'baselines': rewards[:, 0], 'reward_parts': parts}
   batch, *_ = algorithm.prepare(
-    params, reference, prompts, mask, samples, rewards
+    params, reference, prompts, mask, samples, rewards, signals
   )
   state = TrainState(
     jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
   )
   rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
-  algorithm.update(state, batch, rows)
+  algorithm.update(state, batch, rows, key)
 
 
 def _check_groups(recipe: Recipe) -> None:

@@ -21,8 +21,8 @@ LAYERS = (
     *('logprobs', 'losses', 'masks', 'shaping'),
   },
   {
-    *('batches', 'models', 'objectives', 'optimizers', 'sampling', 'scoring'),
-    *('sharding', 'tasks', 'train_step', 'types'),
+    *('batches', 'couplings', 'models', 'objectives', 'optimizers'),
+    *('sampling', 'scoring', 'sharding', 'tasks', 'train_step', 'types'),
   },
   {
     *('checkpoints', 'console', 'data', 'evaluation', 'hub', 'metrics'),
