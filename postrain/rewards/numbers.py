@@ -87,15 +87,16 @@ _WORDS = (
 _SPOILT_BEFORE = re.compile(
   r'(?:[√∛∜≈≃≅~<>≤≥≠±∓^]=?|\+/'  # a root, a bound, either sign
   r'|(?<![\w)\]}%])-[ ({\[*]*'  # -(5), --5
-  r'|\\[a-zA-Z]+ ?[\[({]?|[a-zA-Z]\(|\} ?\{'  # \sqrt{2}, f(2), \frac{\pi}{2}
+  r'|(?:\\[a-zA-Z]+|∞) ?[\[({,]?|[a-zA-Z]\(|\} ?\{'  # \sqrt{2}, f(2), \frac{\pi}{2}
   r'|(?:\b[a-zA-Z] ?-|(?:\b[a-zA-Z]|[)}\]]) ?[+*/×·÷]|[0-9)]\*\*)'  # x + 2
   rf'|(?i:\b(?:{_WORDS})|n\'t)(?: (?:a|be|equal to|of))? ?[$€£]?'
   r') ?$'
 )
 _SPOILT_AFTER = re.compile(
-  r'[xyzabnikKMB](?!\w)|x[0-9a-fA-F]|[bm]n\b|\d|_'  # 2x, 0x2A, 5K
+  r'(?:[abijknqruvxyzKMB]|[abxyz]{2,3}|[bm]n)(?!\w)|x[0-9a-fA-F]'  # 2x, 5K
+  r'|[a-ln-zA-Z]\^|\d|_'  # 5r^5, but 5m^2
   r'|\([a-zA-Z][)+*/^-]|\.\('  # 2(x+1), 0.(3)
-  r'| ?(?:\^|\.\.|…|\.?\\[a-zA-Z]|±|\+(?![0-9])'  # 0.3..., 2\pi, 42+
+  r'| ?(?:\^|\.\.|…|[.,]? ?(?:\\[a-zA-Z]|∞)|±|\+(?![0-9])'  # 0.3..., 2\pi
   r'|(?:[+/×·÷-]|\*(?!\*)) ?(?:[a-zA-Z]\b|[({\[\\√])'  # 2 + x
   r'|(?i:and (?:a|one|two|three)\b|(?:or|and) (?:more|less|fewer|so)\b'
   r'|(?:squared|cubed|factorial|mod)\b'
