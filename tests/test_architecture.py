@@ -30,7 +30,8 @@ LAYERS = (
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
-    *('environments', 'evaluator', 'recipe', 'states', 'trainer'),
+    *('environments', 'evaluator', 'exam', 'policies', 'recipe', 'states'),
+    *('streaming', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}

@@ -355,12 +355,13 @@ def test_an_animal_story_ends_by_itself_names_and_is_long_enough():
 
 def test_every_reward_ignores_the_batch_around_a_row():
   needed = {
+    'choice': {'field': 'letter'},
     'contains': {'text': '4'},
     'mentions_any': {'words': ('42',)},
     'length_penalty': {'max_length': 8, 'window': 4},
   }
   rows = [completion('#### 42', 3), completion('a dog named Max', 7, True)]
-  examples = [{'answer': '42'}, {'answer': '1'}]
+  examples = [{'answer': '42', 'letter': 'B'}, {'answer': '1', 'letter': 'C'}]
   for name in rewards.__all__:
     fn = functools.partial(getattr(rewards, name), **needed.get(name, {}))
     kinds = {p.kind.name for p in inspect.signature(fn).parameters.values()}
