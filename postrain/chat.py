@@ -129,6 +129,7 @@ class _Chat(NamedTuple):
   options: dict[str, Any]
   template: str
   special: str  # a pattern
+  ending: str  # likewise
   cut: str  # a character that breaks the spelling of a special token
   stand_in: str  # another one, instead of a message
 
@@ -177,6 +178,7 @@ def _chat(
     options,
     template,
     _any_of(turns),
+    _ending(turns, tokenizer.eos_token),
     cut,
     stand_in,
   )
@@ -190,6 +192,12 @@ def _says_something(message: Mapping[str, Any]) -> bool:
 def _any_of(tokens: Iterable[str]) -> str:
   longest_first = sorted(tokens, key=len, reverse=True)
   return '|'.join(map(re.escape, longest_first)) or '(?!)'
+
+
+def _ending(specials: list[str], eos: str | None) -> str:
+  """One special token, or several up to the end of sequence."""
+  one = _any_of(specials)
+  return rf'(?:{one})*?{re.escape(eos)}|{one}' if eos else one
 
 
 def _broken(value: Any, specials: list[str], cut: str) -> Any:
@@ -265,10 +273,12 @@ def _cut(text: str, span: tuple[int, int]) -> str:
 def _found(chat: _Chat) -> tuple[str, list[tuple[int, int]]]:
   """The text, and each turn of the assistant found in it."""
   text = _render(chat, chat.messages)
-  spans = []
+  spans: list[tuple[int, int]] = []
   for i, message in enumerate(chat.messages):
     if message['role'] == 'assistant':
       spans.append(_turn(chat, text, i, spans[-1][0] if spans else 0))
+      if len(spans) > 1 and spans[-1][0] < spans[-2][1]:
+        raise ValueError(_lost(i, 'writes it into the turn before'))
   return text, spans
 
 
@@ -281,36 +291,51 @@ def _turn(chat: _Chat, text: str, i: int, earliest: int) -> tuple[int, int]:
   the prompt, whose last special token and what follows it is a landmark that
   no message can spell.
   """
-  before = chat.messages[:i]
+  before, after = chat.messages[:i], chat.messages[i + 1 :]
   stand_in = {'role': 'assistant', 'content': chat.stand_in}
   whole = True
   try:
-    probe = _render(chat, [*before, stand_in, *chat.messages[i + 1 :]])
+    probe = _render(chat, [*before, stand_in, *after])
   except ValueError:  # results of tools that nothing called any more
     probe, whole = _render(chat, [*before, stand_in]), False
   if probe.count(chat.stand_in) != 1:
     raise ValueError(_lost(i, 'does not write its content once'))
   head, rest = probe.split(chat.stand_in)
-  ending = re.match(rf'\s*({chat.special})', rest)
+  ending = re.match(rf'\s*({chat.ending})', rest)
   if not ending:
     raise ValueError(
       _lost(i, f'ends it with {rest[:20]!r}, no special token: no end to learn')
     )
-  same = len(os.path.commonprefix([text, head]))  # noqa: RUF071
+  same = _same(text, head)
   landmark = _landmark(chat, before)
   place = text.rfind(landmark, earliest, same + len(landmark))
   begin = same if place < 0 else place + len(landmark)
-  if place < 0 and re.search(chat.special, head[same:]):
-    raise ValueError(_lost(i, 'writes other turns differently without it'))
   rest = rest[ending.end() :]
-  if whole:
-    end, found = len(text) - len(rest), text.endswith(rest)
-  else:
-    end = text.find(ending[1], begin) + len(ending[1])
-    found = end > begin
-  if not found or not re.search(rf'(?:{chat.special})\Z', text[begin:end]):
-    raise ValueError(_lost(i, 'writes later turns differently without it'))
+  end = text.find(ending[1], begin) + len(ending[1])
+  if whole and text.endswith(rest):
+    end = len(text) - len(rest)
+  if (
+    (place < 0 and re.search(chat.special, head[same:]))
+    or (whole and not text.endswith(rest))
+    or not re.search(rf'(?:{chat.special})\Z', text[begin:end])
+    or end > _reply(chat, text, i)
+  ):
+    raise ValueError(_lost(i, 'writes other turns differently without it'))
   return begin, end
+
+
+def _reply(chat: _Chat, text: str, i: int) -> int:
+  """Where what follows a message of the assistant is written, at least."""
+  following = chat.messages[i + 1 : i + 2]
+  if not following or following[0]['role'] == 'assistant':
+    return len(text)
+  other = [*chat.messages]
+  other[i + 1] = {**following[0], 'content': chat.stand_in}
+  return _same(text, _render(chat, other))
+
+
+def _same(text: str, other: str) -> int:
+  return len(os.path.commonprefix([text, other]))  # noqa: RUF071
 
 
 def _landmark(chat: _Chat, before: list) -> str:
