@@ -25,8 +25,9 @@ LAYERS = (
     *('sampling', 'scoring', 'sharding', 'tasks', 'train_step', 'types'),
   },
   {
-    *('checkpoints', 'console', 'data', 'evaluation', 'hub', 'metrics'),
-    *('reporting', 'rewards', 'rollouts', 'sandbox', 'tokenizers', 'workdir'),
+    *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
+    *('metrics', 'reporting', 'rewards', 'rollouts', 'sandbox', 'thinking'),
+    *('tokenizers', 'workdir'),
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
