@@ -100,7 +100,7 @@ def check(arrays, experts, tolerance):
   return grads
 
 
-# One token; one selected; all selected; padded blocks; fewer pairs than experts.
+# One token; one selected; all; padded blocks; fewer pairs than experts.
 SIZES = [(1, 4, 2), (7, 4, 1), (5, 3, 3), (40, 4, 2), (4, 16, 3)]
 
 
@@ -203,7 +203,8 @@ def test_replayed_experts_have_live_gates(normalize):
     logits.at[:, :2].add(300.0), last * 0 + [4, 5], num_selected=2,
     normalize=normalize,
   )  # fmt: skip
-  assert np.all(np.isfinite(stale.gates)) and np.all(np.isfinite(gradient))
+  assert np.all(np.isfinite(stale.gates))
+  assert np.all(np.isfinite(gradient))
   assert np.allclose(stale.gates.sum(1), float(normalize))
 
 
@@ -308,9 +309,7 @@ def test_devices_multiply_with_the_experts_that_they_hold(sizes):
   """Values and gradients are those of one device, and no weight moves."""
   arrays, mesh = draw(32, 8, np.float32), sharding.make_mesh(**sizes)
   with sharding.on(mesh):
-    places = sharding.shardings(
-      mesh, jax.tree.map(jnp.asarray, arrays), AXES
-    )
+    places = sharding.shardings(mesh, jax.tree.map(jnp.asarray, arrays), AXES)
     placed = jax.device_put(arrays, places)
     for name in ('gate', 'up', 'down'):
       shard = placed[name].sharding.shard_shape(arrays[name].shape)

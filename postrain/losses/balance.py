@@ -2,8 +2,8 @@
 
 from jax import Array
 from jax.lax import stop_gradient
-import jax.numpy as jnp
 from jax.nn import one_hot, softmax
+import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from postrain.dtypes import promoted
