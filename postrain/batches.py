@@ -153,7 +153,7 @@ def weigh_units(
   """
   first = jnp.arange(len(batch.mask)) % batch.unit_size == 0
   full = batch.mask.any(-1).reshape(-1, batch.unit_size).any(-1)
-  count = jnp.maximum(full.sum(dtype=jnp.float32), 1)
+  count = jnp.maximum(full.sum().astype(float), 1)
   share = jnp.repeat(jnp.where(full, 1 / count, 0), batch.unit_size)
   weights = {'preference': jnp.where(first, share, 0)}
   if sft_aggregation is not None:
