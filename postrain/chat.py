@@ -18,8 +18,9 @@ MAX_RENDERED = 2**24  # characters; the longest contexts have a fifth
 THINKING_TAGS = ('<think>', '</think>')
 GENERATION = re.compile(r'\{%-?\s*generation\s*-?%\}')
 
-Messages = Sequence[Mapping[str, Any]]
-Tools = Sequence[Mapping[str, Any]] | None
+# Mappings each; what a file holds instead is an error that says so.
+Messages = Sequence[Any]
+Tools = Sequence[Any] | None
 
 
 class Conversation(NamedTuple):
@@ -128,8 +129,8 @@ class _Chat(NamedTuple):
   tools: list | None
   options: dict[str, Any]
   template: str
-  special: str  # a pattern
-  ending: str  # likewise
+  special: tuple[str, ...]  # tokens that no message can spell
+  ending: str  # a pattern
   cut: str  # a character that breaks the spelling of a special token
   stand_in: str  # another one, instead of a message
 
@@ -143,13 +144,17 @@ def _chat(
       'the tokenizer has no chat template: set tokenizer.chat_template, or'
       " encode the prompts with style='plain'"
     )
-  # Some templates write None where others miss the key.
-  kept = [{k: v for k, v in m.items() if v is not None} for m in messages]
-  if not kept or not all(map(_says_something, kept)):
+  if not messages or not all(map(_says_something, messages)):
     raise ValueError(
       f'messages={messages!r:.80}: expected at least one, each with a role and'
       ' its content, a text, or tool_calls'
     )
+  if not all(isinstance(tool, Mapping) for tool in tools or ()):
+    raise ValueError(
+      f'tools={tools!r:.80}: expected JSON schemas, a mapping for each function'
+    )
+  # Some templates write None where others miss the key.
+  kept = [{k: v for k, v in m.items() if v is not None} for m in messages]
   template = tokenizer.get_chat_template(tools=tools)
   options = {}
   if enable_thinking is not None:
@@ -166,8 +171,8 @@ def _chat(
   unused = (c for c in private if c not in written + template)
   cut, stand_in = next(unused), next(unused)
   added = tokenizer.added_tokens_decoder.values()
-  specials = [token.content for token in added if token.special]
-  turns = [token for token in specials if token not in THINKING_TAGS]
+  specials = tuple(token.content for token in added if token.special)
+  turns = tuple(token for token in specials if token not in THINKING_TAGS)
   return _Chat(
     tokenizer,
     [
@@ -177,15 +182,19 @@ def _chat(
     _broken(list(tools), specials, cut) if tools else None,
     options,
     template,
-    _any_of(turns),
+    turns,
     _ending(turns, tokenizer.eos_token),
     cut,
     stand_in,
   )
 
 
-def _says_something(message: Mapping[str, Any]) -> bool:
-  content = message.get('content', '' if message.get('tool_calls') else None)
+def _says_something(message: Any) -> bool:
+  if not isinstance(message, Mapping):
+    return False
+  content = message.get('content')
+  if content is None and message.get('tool_calls'):
+    content = ''
   return isinstance(message.get('role'), str) and isinstance(content, str)
 
 
@@ -194,23 +203,25 @@ def _any_of(tokens: Iterable[str]) -> str:
   return '|'.join(map(re.escape, longest_first)) or '(?!)'
 
 
-def _ending(specials: list[str], eos: str | None) -> str:
+def _ending(specials: tuple[str, ...], eos: str | None) -> str:
   """One special token, or several up to the end of sequence."""
   one = _any_of(specials)
   return rf'(?:{one})*?{re.escape(eos)}|{one}' if eos else one
 
 
-def _broken(value: Any, specials: list[str], cut: str) -> Any:
+def _broken(value: Any, specials: tuple[str, ...], cut: str) -> Any:
   """Put a cut behind the first character of each special token spelled."""
   if isinstance(value, str):
-    return re.sub(f'(?s)(?={_any_of(specials)})(.)', rf'\1{cut}', value)
+    # A tokenizer may have a thousand, a text has few.
+    spelled = [token for token in specials if token in value]
+    return re.sub(f'(?s)(?={_any_of(spelled)})(.)', rf'\1{cut}', value)
   if isinstance(value, Mapping):
-    pairs = value.items()
     return {
-      _broken(k, specials, cut): _broken(v, specials, cut) for k, v in pairs
+      _broken(key, specials, cut): _broken(item, specials, cut)
+      for key, item in value.items()
     }
   if isinstance(value, list | tuple):
-    return [_broken(v, specials, cut) for v in value]
+    return [_broken(item, specials, cut) for item in value]
   return value
 
 
@@ -255,19 +266,14 @@ def _generated(chat: _Chat) -> tuple[str, list[tuple[int, int]]]:
     **{**chat.tokenizer.special_tokens_map, **chat.options},
   )
   text, spans = texts[0], [(b, e) for b, e in spans[0] if b < e]
-  if spans and not re.search(
-    rf'(?:{chat.special})\s*\Z', _cut(text, spans[-1])
-  ):
+  last = text[slice(*spans[-1])] if spans else ''
+  if spans and not last.rstrip().endswith(chat.special):
     raise ValueError(
       'the last {% generation %} of the chat template'
-      f' ends in {_cut(text, spans[-1])[-20:]!r}, no special token: the model'
-      ' would not learn to stop; put the end of the turn into the block'
+      f' ends in {last[-20:]!r}, no special token: the model would not learn to'
+      ' stop; put the end of the turn into the block'
     )
   return text, spans
-
-
-def _cut(text: str, span: tuple[int, int]) -> str:
-  return text[slice(*span)]
 
 
 def _found(chat: _Chat) -> tuple[str, list[tuple[int, int]]]:
@@ -315,9 +321,9 @@ def _turn(chat: _Chat, text: str, i: int, earliest: int) -> tuple[int, int]:
   if whole and text.endswith(rest):
     end = len(text) - len(rest)
   if (
-    (place < 0 and re.search(chat.special, head[same:]))
+    (place < 0 and any(token in head[same:] for token in chat.special))
     or (whole and not text.endswith(rest))
-    or not re.search(rf'(?:{chat.special})\Z', text[begin:end])
+    or not text[begin:end].endswith(chat.special)
     or end > _reply(chat, text, i)
   ):
     raise ValueError(_lost(i, 'writes other turns differently without it'))
@@ -341,8 +347,8 @@ def _same(text: str, other: str) -> int:
 def _landmark(chat: _Chat, before: list) -> str:
   """The last special token of the prompt, and what follows it."""
   prompt = _render(chat, before, prompt=True) if before else ''
-  special = [match.start() for match in re.finditer(chat.special, prompt)]
-  return prompt[special[-1] if special else 0 :]
+  last = max((prompt.rfind(token) for token in chat.special), default=-1)
+  return prompt[max(last, 0) :]
 
 
 def _lost(i: int, why: str) -> str:

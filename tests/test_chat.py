@@ -1,12 +1,17 @@
 """What is learnt of a conversation, for ten templates."""
 
+import functools
 import itertools
 
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 import jinja2
 import pytest
 from templates import FAMILIES, tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from postrain import chat, thinking, tokenizers
+from postrain import chat, data, thinking, tokenizers
 
 SYSTEM = {'role': 'system', 'content': 'Be brief.'}
 TOOL = {
@@ -122,6 +127,36 @@ def test_nothing_that_is_said_forges_a_turn(name, made):
         for before in ('', family.last)
       ]
       assert made.decode(encoded.ids) == applied(made, turns, tokenize=False)
+
+
+PIECES = ['<', '|', '>', 'im', 'end', '\n', ' ', 'a', '1', '</', 's>', '[', ']']
+
+
+@settings(
+  deadline=None, max_examples=12,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(draw=st.data())
+def test_any_conversation(name, draw):
+  family, made = FAMILIES[name], tokenizer(name, 'bpe')
+  pieces = st.sampled_from([*PIECES, *family.special, '<|assistant|>', 'é😀'])
+  # Some templates strip what is said, and empty turns would not be runs.
+  said = st.lists(pieces, max_size=8).map(
+    lambda found: 'x' + ''.join(found) + 'x'
+  )
+  texts = draw.draw(st.lists(said, min_size=4, max_size=4))
+  messages = [(user, assistant)[i % 2](text) for i, text in enumerate(texts)]
+  encoded = chat.encode_conversation(made, messages)
+  assert made.decode(encoded.ids) == applied(made, messages, tokenize=False)
+  assert learnt(made, encoded) == [
+    family.begin + texts[1] + family.end,
+    family.begin + family.last + texts[3] + family.end,
+  ]
+  prompt = chat.encode_chat(made, messages[:1])
+  assert (
+    encoded.ids[: encoded.mask.index(True)]
+    == prompt[: -2 if name == 'deepseek' else None]
+  )
 
 
 @pytest.mark.parametrize('name', WITH_TOOLS)
@@ -266,7 +301,6 @@ END = '{%- endfor %}'
     ("{{- raise_exception('no') }}", 'refuses the conversation: no'),
     ('{{- messages[7].content + 1 }}', 'refuses the conversation'),
     ("{{- messages.__class__.__mro__ }}", 'refuses the conversation.*unsafe'),
-    ("{{- 'x' * 2**25 }}", 'characters'),
     ('{%- for %}', 'refuses the conversation'),
   ],
 )  # fmt: skip
@@ -274,6 +308,36 @@ def test_templates_that_hide_what_is_learnt_are_refused(template, match):
   made = with_template(template)
   with pytest.raises(ValueError, match=match):
     chat.encode_conversation(made, [user('2+2?'), assistant('so 4')])
+
+
+def test_a_result_inside_of_a_turn_is_refused():
+  # The template writes a result of a tool only behind its call.
+  made = with_template(
+    '{%- set ns = namespace(called=false) %}' + LOOP
+    + "{%- if m.role == 'tool' %}{%- if ns.called %}"
+    + "{{- '<|im_start|>tool' + m.content + '<|im_end|>' }}{%- endif %}"
+    + '{%- else %}'
+    + "{{- '<|im_start|>' + m.role + (m.content or m.tool_calls | tojson) }}"
+    + "{{- '<|im_end|>' }}{%- set ns.called = m.tool_calls %}{%- endif %}"
+    + END
+  )  # fmt: skip
+  messages = [user('2+2?'), CALL, RESULT, assistant('4')]
+  with pytest.raises(ValueError, match=r'message 1 .*writes other turns dif'):
+    chat.encode_conversation(made, messages)
+  [answer] = learnt(made, chat.encode_conversation(made, CHAT[:2]))
+  # Without a prompt for the assistant its header is the model's to write.
+  assert answer == '<|im_start|>assistant4<|im_end|>'
+
+
+def test_the_end_of_several_tokens_is_learnt_up_to_the_end_of_sequence():
+  prompt = "{%- if add_generation_prompt %}{{- 'assistant\n' }}{%- endif %}"
+  made = with_template(
+    LOOP + TURN + " + '<|im_end|><|endoftext|><|im_start|>' }}" + END + prompt
+  )
+  made.eos_token = '<|endoftext|>'
+  assert learnt(made, chat.encode_conversation(made, CHAT))[0] == (
+    '4<|im_end|><|endoftext|>'
+  )
 
 
 def test_a_conversation_without_an_answer_is_refused():
@@ -284,19 +348,35 @@ def test_a_conversation_without_an_answer_is_refused():
     chat.encode_conversation(made, [user('2+2?'), assistant(None)])
   with pytest.raises(ValueError, match=r'messages=.*a text, or tool_calls'):
     chat.encode_chat(made, [user([{'type': 'text', 'text': '2+2?'}])])
+  with pytest.raises(ValueError, match=r"tools=\['x'\]: expected JSON schemas"):
+    data.encode_prompts(
+      made, [{'prompt': 'x', 'tools': ['x']}], max_length=9, style='chat'
+    )
+
+
+def test_prompts_have_tools_and_know_whether_to_think():
+  made = tokenizer('qwen3', 'bytes')
+  example = {'prompt': [SYSTEM, user('2+2?')], 'tools': [TOOL]}
+  tokens, mask, _ = data.encode_prompts(
+    made, [example], max_length=512, style='chat', enable_thinking=False
+  )
+  assert tokens[mask].tolist() == applied(
+    made, example['prompt'], tools=[TOOL], enable_thinking=False,
+    add_generation_prompt=True,
+  )  # fmt: skip
 
 
 def test_what_the_template_ignores_is_refused():
   made, messages = tokenizer('gemma', 'bytes'), [user('2+2?'), assistant('4')]
   thought = [messages[0], dict(messages[1], reasoning_content='2 + 2')]
-  for given, name, options in (
+  for said, name, options in (
     (messages, 'tools', {'tools': [TOOL]}),
     (messages, 'enable_thinking', {'enable_thinking': False}),
     ([messages[0], CALL], 'tool_calls', {}),
     (thought, 'reasoning_content', {}),
   ):
     with pytest.raises(ValueError, match=f'{name} is given.*ignores it'):
-      chat.encode_conversation(made, given, **options)
+      chat.encode_conversation(made, said, **options)
 
 
 def test_a_template_cannot_leave_the_sandbox():
@@ -304,6 +384,79 @@ def test_a_template_cannot_leave_the_sandbox():
   with pytest.raises(ValueError, match='refuses') as caught:
     chat.encode_chat(made, [user('x')])
   assert isinstance(caught.value.__cause__, jinja2.exceptions.SecurityError)
+
+
+def test_a_template_that_floods_is_refused(monkeypatch):
+  monkeypatch.setattr(chat, 'MAX_RENDERED', 99)
+  made = with_template("{{- 'x' * 100 }}")
+  with pytest.raises(ValueError, match=r'makes 100 characters .* than 99'):
+    chat.encode_chat(made, [user('x')])
+
+
+@functools.cache
+def sentencepiece():
+  """In the manner of SentencePiece: a space before, bytes for the unknown."""
+  alphabet = [
+    '▁',
+    *map(chr, range(33, 127)),
+    *(f'<0x{i:02X}>' for i in range(256)),
+  ]
+  vocabulary = {t: i for i, t in enumerate(['<s>', '</s>', *alphabet, '▁a'])}
+  backend = Tokenizer(
+    models.BPE(vocabulary, [('▁', 'a')], byte_fallback=True, fuse_unk=True)
+  )
+  backend.normalizer = normalizers.Sequence(
+    [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+  )
+  backend.decoder = decoders.Sequence(
+    [
+      decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+      decoders.Strip(' ', 1, 0),
+    ]
+  )  # fmt: skip
+  backend.add_special_tokens(['<s>', '</s>'])
+  return PreTrainedTokenizerFast(
+    tokenizer_object=backend, bos_token='<s>', eos_token='</s>'
+  )
+
+
+@pytest.mark.parametrize('name', ['llama2', 'mistral', 'vicuna'])
+def test_a_tokenizer_that_puts_spaces_before(name):
+  made = sentencepiece()
+  made.chat_template = (
+    FAMILIES[name].template
+    if name in FAMILIES
+    else LOOP
+    + "{{- m.role + ': ' + m.content }}"
+    + "{{- eos_token if loop.index0 % 2 else ' ' }}" + END
+    + "{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"
+  )  # fmt: skip
+  encoded = chat.encode_conversation(made, CHAT)
+  assert encoded.ids == applied(made, CHAT)
+  end = ' </s>' if name == 'llama2' else '</s>'
+  texts = [text.strip(' ') for text in learnt(made, encoded)]
+  assert texts == ['4' + end, '7.\n\nSo' + end]
+  forged = [user('a</s>b <s>a'), assistant('a</s> a'), *CHAT[2:]]
+  encoded = chat.encode_conversation(made, forged)
+  ends = made.all_special_ids
+  polite = chat.encode_conversation(made, CHAT)
+  assert [i for i in encoded.ids if i in ends] == [
+    i for i in polite.ids if i in ends
+  ]
+  assert learnt(made, encoded)[0].strip(' ') == 'a</s> a' + end
+  whole = made.decode(encoded.ids)
+  assert 'a</s>b <s>a' in whole
+  assert whole.count('</s>') == made.decode(polite.ids).count('</s>') + 2
+
+
+def test_special_tokens_that_take_the_space_after_them():
+  made = tokenizer.__wrapped__('phi3', 'bytes')
+  made.add_special_tokens(
+    {'extra_special_tokens': [AddedToken('<|end|>', rstrip=True)]}
+  )
+  encoded = chat.encode_conversation(made, CHAT)
+  assert encoded.ids == applied(made, CHAT)
+  assert learnt(made, encoded) == ['4<|end|>', '7.\n\nSo<|end|>']
 
 
 def test_no_token_reaches_over_the_beginning_of_a_turn():
@@ -321,3 +474,41 @@ def test_no_token_reaches_over_the_beginning_of_a_turn():
   prompt = chat.encode_chat(made, messages[:1])
   assert encoded.ids[: encoded.mask.index(True)] == prompt
   assert encoded.ids != applied(made, messages)
+
+
+def test_arrays_of_conversations():
+  made = tokenizer.__wrapped__('qwen2.5', 'bytes')
+  examples = [
+    {'messages': CHAT},
+    {'messages': [SYSTEM, user('2+2?'), CALL, RESULT, assistant('4')],
+     'tools': [TOOL]},
+  ]  # fmt: skip
+  rows = [
+    chat.encode_conversation(made, e['messages'], tools=e.get('tools'))
+    for e in examples
+  ]
+  # A padding token that also ends the turns hides no end.
+  for pad in ('<|pad|>', '<|im_end|>'):
+    made.pad_token = pad
+    tokens, valid, mask = data.encode_conversations(
+      made, examples, max_length=900
+    )
+    assert tokens.shape == valid.shape == mask.shape == (2, 450)
+    for row, ids, real, trained in zip(rows, tokens, valid, mask, strict=True):
+      assert ids[real].tolist() == row.ids
+      assert trained[: len(row.mask)].tolist() == row.mask
+      assert trained.sum() == sum(row.mask)
+      assert (ids[~real] == made.pad_token_id).all()
+  short = data.encode_conversations(
+    made, examples, max_length=200, too_long='drop'
+  )
+  assert short.tokens.shape == (1, 100)
+  with pytest.raises(ValueError, match=r'row 1: .* tokens, max_length=200'):
+    data.encode_conversations(made, examples, max_length=200)
+  for wrong, match in (
+    ({'messages': CHAT[:1]}, 'row 1: .*nothing to learn'),
+    ({'messages': 'x'}, "row 1: .*messages='x': expected a list"),
+    ({'prompt': 'x'}, 'row 1: .*its fields are prompt'),
+  ):
+    with pytest.raises(ValueError, match=match):
+      data.encode_conversations(made, [examples[0], wrong], max_length=900)
