@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -28,13 +27,17 @@ from postrain.batches import asked, assemble, call_by_name, reweigh, take
 from postrain.binding import bind
 from postrain.couplings import with_array, with_selection
 from postrain.recipe import Block, Recipe
+from postrain.references import (
+  make_move_reference,
+  reference_metrics,
+  uses_reference,
+)
 from postrain.sampling import sample
 from postrain.scoring import score
 from postrain.train_step import make_train_step
 from postrain.types import (
   Batch,
   Max,
-  Mean,
   Metrics,
   Model,
   Params,
@@ -102,16 +105,6 @@ def make_algorithm(
   rl_step = make_train_step(
     objective, rl_optimizer, num_micro_batches=recipe.rl.num_micro_batches
   )
-  sft_step = make_train_step(
-    objectives.supervised(
-      model,
-      loss=losses.negative_log_likelihood,
-      chunk_size=recipe.chunk_size,
-    ),
-    sft_optimizer,
-    num_micro_batches=recipe.sft.num_micro_batches,
-  )
-
   select = _make_select(recipe, model, restricts='selected' not in asked(loss))
 
   def update(
@@ -120,24 +113,37 @@ def make_algorithm(
     batch = select(state.params['actor'], take(batch, rows), key)
     return rl_step(state, {}, weigh(batch))
 
-  def imitate(
-    state: Any, tokens: Any, valid: Any, mask: Any
-  ) -> tuple[Any, Metrics]:
-    weights = {'policy': call_by_name(aggregation.token_mean, {'mask': mask})}
-    return sft_step(state, {}, Batch(tokens, valid, mask, weights, {}))
-
   greedy = _make_sample(recipe, model, pad_id, stop_ids, greedy=True)
   return Algorithm(
     sample=_make_sample(recipe, model, pad_id, stop_ids),
     greedy=greedy if 'baselines' in asked(advantage) else None,
     prepare=_make_prepare(recipe, model, estimator, advantage),
     update=update,
-    imitate=imitate,
-    move_reference=_make_move_reference(recipe),
+    imitate=_make_imitate(recipe, model, sft_optimizer),
+    move_reference=make_move_reference(recipe),
     rl_optimizer=rl_optimizer,
     sft_optimizer=sft_optimizer,
-    uses_reference=_uses_reference(recipe),
+    uses_reference=uses_reference(recipe),
   )
+
+
+def _make_imitate(
+  recipe: Recipe, model: Model, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Metrics]]:
+  objective = objectives.supervised(
+    model, loss=losses.negative_log_likelihood, chunk_size=recipe.chunk_size
+  )
+  step = make_train_step(
+    objective, optimizer, num_micro_batches=recipe.sft.num_micro_batches
+  )
+
+  def imitate(
+    state: Any, tokens: Any, valid: Any, mask: Any
+  ) -> tuple[Any, Metrics]:
+    weights = {'policy': call_by_name(aggregation.token_mean, {'mask': mask})}
+    return step(state, {}, Batch(tokens, valid, mask, weights, {}))
+
+  return imitate
 
 
 def _optional(module: Any, block: Block | None) -> Callable | None:
@@ -184,11 +190,6 @@ def _make_select(
     return batch
 
   return select
-
-
-def _uses_reference(recipe: Recipe) -> bool:
-  coefs = (recipe.kl.reward_coef, recipe.kl.loss_coef)
-  return any(coef is not None for coef in coefs)
 
 
 def _make_sample(
@@ -254,11 +255,11 @@ def _make_prepare(
       'sampler/logprob_gap': objectives.masked_mean(gap, mask),
       'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
     }
-    if _uses_reference(recipe):
+    if uses_reference(recipe):
       ref = score_fn(ref_params, tokens, valid, mask)
       arrays['ref_logprobs'] = ref.logprobs
       figures = {'logprobs': scores.logprobs, 'ref_logprobs': ref.logprobs}
-      metrics |= _reference_metrics(figures, mask)
+      metrics |= reference_metrics(figures, mask)
       if recipe.kl.reward_coef is not None:
         penalty = call_by_name(estimator, {**figures, 'mask': mask})
         if 'mask' in asked(advantage):  # along tokens: each pays for itself
@@ -302,16 +303,6 @@ def behind_prompt(prompts: Any, values: Any) -> Any:
   return jnp.pad(values, ((0, 0), (prompts.shape[1], 0)))
 
 
-def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
-  k1 = jnp.where(mask, call_by_name(kl.k1, figures), 0)
-  k3 = call_by_name(kl.k3, figures)
-  sequences = mask.any(-1)
-  return {
-    'reference/kl_sequence': Mean(k1.sum(), sequences.sum(dtype=jnp.float32)),
-    'reference/kl_token': objectives.masked_mean(k3, mask),
-  }
-
-
 def _columns(batch: Batch, gap: Any) -> dict[str, Any]:
   """Figures of each completion, for the sample files."""
   lengths = jnp.maximum(batch.mask.sum(-1, dtype=jnp.float32), 1)
@@ -329,22 +320,3 @@ def _trained_tokens(recipe: Recipe, rollout: Rollout, informative: Any) -> Any:
     rows = jnp.repeat(informative.reshape(-1), rollout.rewards.shape[1])
     trained = trained & rows[:, None]
   return trained
-
-
-def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:
-  choices = recipe.reference
-
-  def move(ref_params: Params, params: Params, iteration: Any) -> Params:
-    """The reference after ``iteration`` (from 0) has updated ``params``."""
-    if choices.update == 'frozen':
-      return ref_params
-    if choices.update == 'ema':
-      return jax.tree.map(
-        lambda r, p: choices.decay * r + (1 - choices.decay) * p,
-        ref_params,
-        params,
-      )
-    due = (iteration + 1) % choices.every == 0
-    return jax.tree.map(lambda r, p: jnp.where(due, p, r), ref_params, params)
-
-  return move

@@ -71,7 +71,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh) -> NamedSharding:
   """The leading axis cut over the devices that share a batch."""
-  return NamedSharding(mesh, logical_to_mesh_axes(('batch',), RULES))
+  return NamedSharding(
+    mesh, PartitionSpec(*logical_to_mesh_axes(('batch',), RULES) or ())
+  )
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:

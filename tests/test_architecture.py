@@ -27,11 +27,19 @@ LAYERS = (
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
     *('metrics', 'reporting', 'rewards', 'rollouts', 'sandbox', 'thinking'),
-    *('tokenizers', 'workdir'),
+    *('templates', 'tokenizers', 'workdir'),
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
-    *('environments', 'evaluator', 'exam', 'policies', 'recipe', 'states'),
+    *(
+      'environments',
+      'evaluator',
+      'exam',
+      'policies',
+      'recipe',
+      'references',
+      'states',
+    ),
     *('streaming', 'trainer'),
   },
 )

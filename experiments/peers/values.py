@@ -26,6 +26,7 @@ from experiments.peers import (
   advantages,
   correction,
   distillation,
+  divergences,
   policy,
   preference,
 )
@@ -35,7 +36,7 @@ FAMILIES = {
   'advantages': advantages.advantages,
   'corrections': correction.corrections,
   'policy': policy.policy,
-  'divergences': policy.divergences,
+  'divergences': divergences.divergences,
   'preferences': preference.preferences,
   'distillation': distillation.distillation,
 }

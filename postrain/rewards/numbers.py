@@ -179,10 +179,12 @@ def _run_value(run: str) -> Fraction | None:
   """A run of digits and separators as a number or a quotient of two."""
   if len(run) > MAX_NUMBER_LENGTH:
     return None
-  parts = [_decimal(part) for part in run.split('/')]
-  if len(parts) > 2 or None in parts or (len(parts) == 2 and not parts[1]):
-    return None
-  return parts[0] if len(parts) == 1 else parts[0] / parts[1]
+  over, *under = run.split('/')
+  value = _decimal(over)
+  if value is None or not under:
+    return value
+  divisor = _decimal(under[0]) if len(under) == 1 else None
+  return value / divisor if divisor else None
 
 
 def _decimal(run: str) -> Fraction | None:
