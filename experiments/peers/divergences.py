@@ -1,4 +1,4 @@
-"""Divergences and entropies of TRL and verl."""
+"""Divergences, entropies and log-probs of TRL and verl."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import torch
 from experiments.peers.common import (
   EXACT,
   PLUS_1E8,
+  SEQUENCE_MEAN,
   Arrays,
   case,
   differentiated,
@@ -15,8 +16,8 @@ from experiments.peers.common import (
   rollout,
   tensors,
 )
-from experiments.peers.policy import SEQUENCE_MEAN, trl_loss
 from experiments.peers.stand_ins import grpo_trainer
+from experiments.peers.trl_policy import loss_case, loss_of
 
 
 def verl_kl() -> list[Arrays]:
@@ -65,19 +66,18 @@ def trl_kl() -> list[Arrays]:
       hyper = clip | dict(beta=beta, bias_correction=corrected)
       name = f'ppo_clip_k3_{kind}_{loss}'
       found.append(
-        trl(name, loss, hyper, inputs=('ref_logp',), beta=beta, **args)
+        loss_case(name, loss, hyper, inputs=('ref_logp',), beta=beta, **args)
       )
   level = {'importance_sampling_level': 'sequence'}
   hyper = clip | dict(beta=1.0, bias_correction=True) | level
   name = 'gspo_sequence_k3_ratio_corrected'
   args = {'args': {'use_bias_correction_kl': True}}
   found.append(
-    trl(name, 'grpo', hyper, inputs=('ref_logp',), beta=1.0, **args, **level)
+    loss_case(
+      name, 'grpo', hyper, inputs=('ref_logp',), beta=1.0, **args, **level
+    )
   )
   return found
-
-
-# Entropies, from logits.
 
 
 def entropies() -> list[Arrays]:
@@ -110,7 +110,7 @@ def entropies() -> list[Arrays]:
 
     def bonus(x: Arrays, options: Arrays = options) -> torch.Tensor:
       scored = selective_log_softmax_and_entropy(x['logits'], x['token_ids'])
-      return trl_loss(x, *scored, GRPOTrainer, **options)
+      return loss_of(x, *scored, GRPOTrainer, **options)
 
     outputs = differentiated(bonus, x, 'logits')
     name = f'grpo_from_logits_top_{fraction}__trl'

@@ -27,15 +27,17 @@ from experiments.peers import (
   correction,
   distillation,
   divergences,
-  policy,
   preference,
+  trl_policy,
+  verl_policy,
 )
 from experiments.peers.common import Arrays
 
 FAMILIES = {
   'advantages': advantages.advantages,
   'corrections': correction.corrections,
-  'policy': policy.policy,
+  'policy_trl': trl_policy.policy,
+  'policy_verl': verl_policy.policy,
   'divergences': divergences.divergences,
   'preferences': preference.preferences,
   'distillation': distillation.distillation,

@@ -45,6 +45,7 @@ MODULES = (
 def cases() -> list[Case]:
   parts = (
     _advantages, _aggregation, _balance, _distillation, _logprobs, _losses,
-    _mismatch, _policy_variants, _preference, _reward_models, _selection, _shaping,
+    _mismatch, _policy_variants, _preference, _reward_models, _selection,
+    _shaping,
   )  # fmt: skip
   return [case for part in parts for case in part.cases()]
