@@ -13,23 +13,25 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHECK = runpy.run_path(str(ROOT / 'experiments' / 'golden' / 'check.py'))
 CASES = CHECK['read'](ROOT / 'tests' / 'reference' / 'values')
+CATEGORIES = sorted({case['category'] for case, *_ in CASES})
 
 
-@pytest.fixture(autouse=True)
-def quick():
-  """Each operation is compiled alone: few are new to the next case."""
-  unoptimised = 'jax_disable_most_optimizations'
-  jax.config.update(unoptimised, True)
-  with jax.enable_x64(True), jax.disable_jit():
-    yield
-  jax.config.update(unoptimised, False)
+@pytest.mark.parametrize('category', CATEGORIES)
+def test_equals_the_peers(category):
+  members = [item for item in CASES if item[0]['category'] == category]
+  with jax.enable_x64(True):
+    outputs = CHECK['outputs'](members)
+  failed = {}
+  for item, actual in zip(members, outputs, strict=True):
+    case, _, expected = item
+    assert actual.keys() == expected.keys(), case['name']
+    if found := CHECK['differences'](*item, actual):
+      failed[case['name']] = found
+  assert not failed
 
 
-@pytest.mark.parametrize(
-  ('case', 'inputs', 'expected'),
-  CASES,
-  ids=[case['name'] for case, *_ in CASES],
-)
-def test_equals_the_peer(case, inputs, expected):
-  fn = CHECK['handler_of'](case)
-  assert not CHECK['differences'](case, inputs, expected, fn)
+def test_a_wrong_value_is_found():
+  case, inputs, expected = CASES[0]
+  wrong = {name: 1.000001 * value for name, value in expected.items()}
+  assert not CHECK['differences'](case, inputs, expected, expected)
+  assert len(CHECK['differences'](case, inputs, expected, wrong)) == len(wrong)

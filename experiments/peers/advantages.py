@@ -82,7 +82,7 @@ def outcome() -> list[Arrays]:
            dict(whiten='token'), kind, tolerance=PLUS_1E8),
     ]  # fmt: skip
   for normalized in (True, False):
-    hyper, config = dict(eps=1e-6, std=normalized), dict(algorithm=None)
+    hyper = dict(eps=1e-6, std=normalized)
     config = {'norm_adv_by_std_in_grpo': normalized}
     name = f'grpo_passk_{"std" if normalized else "nostd"}'
     found.append(verl(name, 'grpo_passk', hyper, config=config))

@@ -14,6 +14,8 @@ PLUS_1E8 = dict(rtol=2e-7, atol=1e-7)
 # The peer rounds to float32 on its way.
 FLOAT32 = dict(rtol=5e-6, atol=1e-6)
 
+SEQUENCE_MEAN = 'seq-mean-token-mean'
+POLICY = ('logp', 'old_logp', 'advantages', 'mask')
 LENGTHS = np.array([6, 3, 1, 5, 4, 2, 6, 2])
 ADVANTAGES = np.array([1.25, -0.75, 0.0, 0.5, -1.5, 2.0, -0.25, 1.0])
 
@@ -73,6 +75,13 @@ def rollout(kind: str = 'main') -> Arrays:
     token_advantages=normal(5, 8, 6),
     mask=mask,
   )
+
+
+def chosen(kind: str, *more: str, per_token: bool = False) -> Arrays:
+  x = rollout(kind)
+  if per_token:
+    x['advantages'] = x['token_advantages']
+  return {name: x[name] for name in (*POLICY, *more)}
 
 
 def tensors(x: Arrays) -> Arrays:

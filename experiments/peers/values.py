@@ -26,16 +26,19 @@ from experiments.peers import (
   advantages,
   correction,
   distillation,
-  policy,
+  divergences,
   preference,
+  trl_policy,
+  verl_policy,
 )
 from experiments.peers.common import Arrays
 
 FAMILIES = {
   'advantages': advantages.advantages,
   'corrections': correction.corrections,
-  'policy': policy.policy,
-  'divergences': policy.divergences,
+  'policy_trl': trl_policy.policy,
+  'policy_verl': verl_policy.policy,
+  'divergences': divergences.divergences,
   'preferences': preference.preferences,
   'distillation': distillation.distillation,
 }
