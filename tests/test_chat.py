@@ -11,7 +11,7 @@ from templates import FAMILIES, tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from postrain import chat, data, templates, thinking, tokenizers
+from postrain import chat, data, thinking, tokenizers
 
 SYSTEM = {'role': 'system', 'content': 'Be brief.'}
 TOOL = {
@@ -387,7 +387,7 @@ def test_a_template_cannot_leave_the_sandbox():
 
 
 def test_a_template_that_floods_is_refused(monkeypatch):
-  monkeypatch.setattr(templates, 'MAX_RENDERED', 99)
+  monkeypatch.setattr('postrain.templates.MAX_RENDERED', 99)
   made = with_template("{{- 'x' * 100 }}")
   with pytest.raises(ValueError, match=r'makes 100 characters .* than 99'):
     chat.encode_chat(made, [user('x')])
