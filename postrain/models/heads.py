@@ -56,6 +56,9 @@ def scalar_head(model: Model) -> Model:
       cache=cache,
     )
 
+  def internals(params: Params, tokens: Array, **how: Any) -> Any:
+    return model.internals(params['backbone'], tokens, **how)
+
   def unembed(params: Params, hidden: Array) -> Array:
     head = params['head']
     dtype = widened(hidden.dtype)
