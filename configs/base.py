@@ -37,7 +37,6 @@ def get_config() -> ConfigDict:
       advantage=dict(name='group_normalized', eps=1e-6),
       loss=dict(name='ppo_clip', clip_low=0.2, clip_high=0.2),
       aggregation=dict(name='token_mean'),
-      selection=config_dict.placeholder(dict),
       correction=config_dict.placeholder(dict),
       kl=dict(
         estimator=dict(name='k3'),

@@ -5,10 +5,10 @@ prepare, update, imitate.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -23,21 +23,16 @@ from postrain import (
   optimizers,
   shaping,
 )
-from postrain.batches import asked, assemble, call_by_name, reweigh, take
+from postrain.batches import assemble, call_by_name, reweigh, take
 from postrain.binding import bind
-from postrain.couplings import with_array, with_selection
 from postrain.recipe import Block, Recipe
-from postrain.references import (
-  make_move_reference,
-  reference_metrics,
-  uses_reference,
-)
 from postrain.sampling import sample
 from postrain.scoring import score
 from postrain.train_step import make_train_step
 from postrain.types import (
   Batch,
   Max,
+  Mean,
   Metrics,
   Model,
   Params,
@@ -51,14 +46,11 @@ class Algorithm(NamedTuple):
 
   Attributes:
     sample: (params, prompts, prompt_mask, key, prompt_ids) -> Samples.
-    greedy: the same, one greedy completion of each prompt; None unless the
-      advantage asks for their rewards, ``baselines``.
-    prepare: (params, ref_params, prompts, prompt_mask, samples, rewards,
-      signals) -> (Batch, Metrics, columns): scores, KL in the reward,
-      advantages, and figures of each completion. The ``signals`` are those of
-      `postrain.batches.assemble`.
-    update: (state, batch, rows, key) -> (state, Metrics): one optimiser step on
-      the minibatch of ``rows``; the key is for masks that draw.
+    prepare: (params, ref_params, prompts, prompt_mask, samples, rewards)
+      -> (Batch, Metrics, columns): scores, KL in the reward, advantages, and
+      figures of each completion.
+    update: (state, batch, rows) -> (state, Metrics): one optimiser step on the
+      minibatch of ``rows``.
     imitate: (state, tokens, valid, mask) -> (state, Metrics): one supervised
       step.
     move_reference: (ref_params, params, iteration) -> ref_params.
@@ -67,7 +59,6 @@ class Algorithm(NamedTuple):
   """
 
   sample: Callable[..., Samples]
-  greedy: Callable[..., Samples] | None
   prepare: Callable[..., tuple[Batch, Metrics, dict[str, Any]]]
   update: Callable[..., tuple[Any, Metrics]]
   imitate: Callable[..., tuple[Any, Metrics]]
@@ -89,13 +80,11 @@ def make_algorithm(
     correction=_optional(importance, recipe.correction),
   )
   estimator = bind(kl, recipe.kl.estimator)
-  advantage = _bind_advantage(recipe)
-  loss = bind(losses, recipe.loss)
   rl_optimizer = bind(optimizers, recipe.rl.optimizer)()
   sft_optimizer = bind(optimizers, recipe.sft.optimizer)()
   objective = objectives.policy_gradient(
     model,
-    loss=loss,
+    loss=bind(losses, recipe.loss),
     kl=estimator,
     kl_coef=recipe.kl.loss_coef,
     entropy_coef=recipe.entropy_coef,
@@ -105,102 +94,50 @@ def make_algorithm(
   rl_step = make_train_step(
     objective, rl_optimizer, num_micro_batches=recipe.rl.num_micro_batches
   )
-  select = _make_select(recipe, model, restricts='selected' not in asked(loss))
-
-  def update(
-    state: Any, batch: Batch, rows: Any, key: Any
-  ) -> tuple[Any, Metrics]:
-    batch = select(state.params['actor'], take(batch, rows), key)
-    return rl_step(state, {}, weigh(batch))
-
-  greedy = _make_sample(recipe, model, pad_id, stop_ids, greedy=True)
-  return Algorithm(
-    sample=_make_sample(recipe, model, pad_id, stop_ids),
-    greedy=greedy if 'baselines' in asked(advantage) else None,
-    prepare=_make_prepare(recipe, model, estimator, advantage),
-    update=update,
-    imitate=_make_imitate(recipe, model, sft_optimizer),
-    move_reference=make_move_reference(recipe),
-    rl_optimizer=rl_optimizer,
-    sft_optimizer=sft_optimizer,
-    uses_reference=uses_reference(recipe),
+  sft_step = make_train_step(
+    objectives.supervised(
+      model,
+      loss=losses.negative_log_likelihood,
+      chunk_size=recipe.chunk_size,
+    ),
+    sft_optimizer,
+    num_micro_batches=recipe.sft.num_micro_batches,
   )
 
-
-def _make_imitate(
-  recipe: Recipe, model: Model, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[Any, Metrics]]:
-  objective = objectives.supervised(
-    model, loss=losses.negative_log_likelihood, chunk_size=recipe.chunk_size
-  )
-  step = make_train_step(
-    objective, optimizer, num_micro_batches=recipe.sft.num_micro_batches
-  )
+  def update(state: Any, batch: Batch, rows: Any) -> tuple[Any, Metrics]:
+    return rl_step(state, {}, weigh(take(batch, rows)))
 
   def imitate(
     state: Any, tokens: Any, valid: Any, mask: Any
   ) -> tuple[Any, Metrics]:
     weights = {'policy': call_by_name(aggregation.token_mean, {'mask': mask})}
-    return step(state, {}, Batch(tokens, valid, mask, weights, {}))
+    return sft_step(state, {}, Batch(tokens, valid, mask, weights, {}))
 
-  return imitate
+  return Algorithm(
+    sample=_make_sample(recipe, model, pad_id, stop_ids),
+    prepare=_make_prepare(recipe, model, estimator),
+    update=update,
+    imitate=imitate,
+    move_reference=_make_move_reference(recipe),
+    rl_optimizer=rl_optimizer,
+    sft_optimizer=sft_optimizer,
+    uses_reference=_uses_reference(recipe),
+  )
 
 
 def _optional(module: Any, block: Block | None) -> Callable | None:
   return None if block is None else bind(module, block)
 
 
-def _bind_advantage(recipe: Recipe) -> Callable[..., Any]:
-  """The advantage; one of several rewards has their weights from them."""
-  advantage = bind(advantages, recipe.advantage)
-  if 'reward_parts' not in asked(advantage):
-    return advantage
-  if recipe.kl.reward_coef is not None:
-    raise ValueError(
-      f'kl.reward_coef={recipe.kl.reward_coef} with advantage'
-      f' {recipe.advantage["name"]!r}: each reward is standardised by itself'
-      ' and none of them holds the KL; use kl.loss_coef'
-    )
-  weights = tuple(block['weight'] for block in recipe.rewards.values())
-  return bind(advantages, {'weights': weights, **recipe.advantage})
-
-
-def _make_select(
-  recipe: Recipe, model: Model, restricts: bool
-) -> Callable[..., Batch]:
-  """The selection, passed to a loss that asks for it, else what trains."""
-  selection = _optional(masks, recipe.selection)
-
-  def select(params: Params, batch: Batch, key: Any) -> Batch:
-    if selection is None:
-      return batch
-    batch = with_selection(
-      model,
-      params,
-      batch,
-      selection=selection,
-      key=key,
-      temperature=recipe.sampling.temperature,
-      chunk_size=recipe.chunk_size,
-      num_slices=recipe.rl.num_micro_batches,
-    )
-    if restricts:
-      trained = batch.arrays['trained'] & batch.arrays['selected']
-      batch = with_array(batch, 'trained', trained)
-    return batch
-
-  return select
+def _uses_reference(recipe: Recipe) -> bool:
+  coefs = (recipe.kl.reward_coef, recipe.kl.loss_coef)
+  return any(coef is not None for coef in coefs)
 
 
 def _make_sample(
-  recipe: Recipe, model: Model, pad_id: int, stop_ids: tuple[int, ...],
-  greedy: bool = False,
-) -> Callable[..., Samples]:  # fmt: skip
+  recipe: Recipe, model: Model, pad_id: int, stop_ids: tuple[int, ...]
+) -> Callable[..., Samples]:
   choices = recipe.sampling
-  if greedy:
-    choices = dataclasses.replace(
-      choices, num_samples=1, temperature=0, top_k=None, top_p=None, min_p=None
-    )
 
   def draw(
     params: Params, prompts: Any, prompt_mask: Any, key: Any, prompt_ids: Any
@@ -226,8 +163,9 @@ def _make_sample(
 
 
 def _make_prepare(
-  recipe: Recipe, model: Model, estimator: Callable, advantage: Callable
+  recipe: Recipe, model: Model, estimator: Callable
 ) -> Callable[..., tuple[Batch, Metrics, dict[str, Any]]]:
+  advantage = bind(advantages, recipe.advantage)
   score_fn = functools.partial(
     score,
     model,
@@ -238,7 +176,7 @@ def _make_prepare(
 
   def prepare(
     params: Params, ref_params: Params, prompts: Any, prompt_mask: Any,
-    samples: Samples, rewards: Any, signals: dict[str, Any],
+    samples: Samples, rewards: Any,
   ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
     scores = score_fn(params['actor'], tokens, valid, mask)
@@ -255,19 +193,16 @@ def _make_prepare(
       'sampler/logprob_gap': objectives.masked_mean(gap, mask),
       'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
     }
-    if uses_reference(recipe):
+    if _uses_reference(recipe):
       ref = score_fn(ref_params, tokens, valid, mask)
       arrays['ref_logprobs'] = ref.logprobs
       figures = {'logprobs': scores.logprobs, 'ref_logprobs': ref.logprobs}
-      metrics |= reference_metrics(figures, mask)
+      metrics |= _reference_metrics(figures, mask)
       if recipe.kl.reward_coef is not None:
         penalty = call_by_name(estimator, {**figures, 'mask': mask})
-        if 'mask' in asked(advantage):  # along tokens: each pays for itself
-          arrays['penalties'] = recipe.kl.reward_coef * penalty
-        else:
-          rewards = shaping.kl_penalized(
-            rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
-          ).reshape(rewards.shape)
+        rewards = shaping.kl_penalized(
+          rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
+        ).reshape(rewards.shape)
     rollout = Rollout(
       tokens=tokens,
       valid=valid,
@@ -279,9 +214,7 @@ def _make_prepare(
       arrays=arrays,
     )
     trained = _trained_tokens(recipe, rollout, informative)
-    batch = assemble(
-      rollout, advantage=advantage, trained=trained, signals=signals
-    )
+    batch = assemble(rollout, advantage=advantage, trained=trained)
     return batch, metrics, _columns(batch, gap)
 
   return prepare
@@ -303,6 +236,16 @@ def behind_prompt(prompts: Any, values: Any) -> Any:
   return jnp.pad(values, ((0, 0), (prompts.shape[1], 0)))
 
 
+def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
+  k1 = jnp.where(mask, call_by_name(kl.k1, figures), 0)
+  k3 = call_by_name(kl.k3, figures)
+  sequences = mask.any(-1)
+  return {
+    'reference/kl_sequence': Mean(k1.sum(), sequences.sum(dtype=jnp.float32)),
+    'reference/kl_token': objectives.masked_mean(k3, mask),
+  }
+
+
 def _columns(batch: Batch, gap: Any) -> dict[str, Any]:
   """Figures of each completion, for the sample files."""
   lengths = jnp.maximum(batch.mask.sum(-1, dtype=jnp.float32), 1)
@@ -320,3 +263,22 @@ def _trained_tokens(recipe: Recipe, rollout: Rollout, informative: Any) -> Any:
     rows = jnp.repeat(informative.reshape(-1), rollout.rewards.shape[1])
     trained = trained & rows[:, None]
   return trained
+
+
+def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:
+  choices = recipe.reference
+
+  def move(ref_params: Params, params: Params, iteration: Any) -> Params:
+    """The reference after ``iteration`` (from 0) has updated ``params``."""
+    if choices.update == 'frozen':
+      return ref_params
+    if choices.update == 'ema':
+      return jax.tree.map(
+        lambda r, p: choices.decay * r + (1 - choices.decay) * p,
+        ref_params,
+        params,
+      )
+    due = (iteration + 1) % choices.every == 0
+    return jax.tree.map(lambda r, p: jnp.where(due, p, r), ref_params, params)
+
+  return move

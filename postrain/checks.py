@@ -115,16 +115,14 @@ def _iteration(
     for reward in environment.device_task.rewards.values():
       reward(repeated, samples.tokens, samples.mask)
   rewards = jnp.zeros((len(prompts), num_samples))
-  parts = jnp.zeros((*rewards.shape, len(recipe.rewards)))
-  signals = {'baselines': rewards[:, 0], 'reward_parts': parts}
   batch, *_ = algorithm.prepare(
-    params, reference, prompts, mask, samples, rewards, signals
+    params, reference, prompts, mask, samples, rewards
   )
   state = TrainState(
     jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
   )
   rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
-  algorithm.update(state, batch, rows, key)
+  algorithm.update(state, batch, rows)
 
 
 def _check_groups(recipe: Recipe) -> None:

@@ -159,19 +159,11 @@ def _iterate(
   key = run_key(seed, 'sample', iteration)
   samples = algorithm.sample(state.params, prompts, prompt_mask, key, ids)
   rewards = grade(task, recipe.rewards, prompts, samples.tokens, samples.mask)
-  weights = environment.weights
-  weighted = [w * rewards[label] for label, w in weights.items()]
+  weighted = [w * rewards[label] for label, w in environment.weights.items()]
   total = jnp.sum(jnp.stack(weighted), axis=0)
-  parts = jnp.stack([*rewards.values()], axis=-1)
-  signals = {'reward_parts': parts.reshape(len(ids), -1, len(rewards))}
-  if algorithm.greedy is not None:
-    best = algorithm.greedy(state.params, prompts, prompt_mask, key, ids)
-    graded = grade(task, recipe.rewards, prompts, best.tokens, best.mask)
-    baselines = jnp.stack([w * graded[k] for k, w in weights.items()])
-    signals['baselines'] = baselines.sum(0)
   batch, figures, _ = algorithm.prepare(
     state.params, state.ref_params, prompts, prompt_mask, samples,
-    total.reshape(len(ids), -1), signals,
+    total.reshape(len(ids), -1),
   )  # fmt: skip
   state, updates = _optimise(recipe, algorithm, seed, state, batch, iteration)
   figures = {k: value(v) for k, v in {**figures, **updates}.items()}
@@ -186,8 +178,7 @@ def _optimise(
   choices = recipe.rl
 
   def step(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-    key = run_key(seed, 'selection', state.step)
-    return algorithm.update(state, batch, rows, key)
+    return algorithm.update(state, batch, rows)
 
   def epoch(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
     key = minibatch_key(seed, iteration, number)

@@ -11,7 +11,6 @@ PURPOSES = (
   'demonstrations',
   'evaluation',
   'minibatches',
-  'selection',
 )
 
 

@@ -132,7 +132,6 @@ class Recipe:
   advantage: Block
   loss: Block
   aggregation: Block
-  selection: Block | None  # of `masks`, over each minibatch: see `couplings`
   correction: Block | None
   kl: KL
   entropy_coef: Scalar | None

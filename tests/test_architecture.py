@@ -21,26 +21,16 @@ LAYERS = (
     *('logprobs', 'losses', 'masks', 'shaping'),
   },
   {
-    *('batches', 'couplings', 'models', 'objectives', 'optimizers'),
-    *('sampling', 'scoring', 'sharding', 'tasks', 'train_step', 'types'),
+    *('batches', 'models', 'objectives', 'optimizers', 'sampling', 'scoring'),
+    *('sharding', 'tasks', 'train_step', 'types'),
   },
   {
-    *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
-    *('metrics', 'reporting', 'rewards', 'rollouts', 'sandbox', 'thinking'),
-    *('templates', 'tokenizers', 'workdir'),
+    *('checkpoints', 'console', 'data', 'evaluation', 'hub', 'metrics'),
+    *('reporting', 'rewards', 'rollouts', 'sandbox', 'tokenizers', 'workdir'),
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
-    *(
-      'environments',
-      'evaluator',
-      'exam',
-      'policies',
-      'recipe',
-      'references',
-      'states',
-    ),
-    *('streaming', 'trainer'),
+    *('environments', 'evaluator', 'recipe', 'states', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}

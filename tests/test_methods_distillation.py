@@ -173,7 +173,7 @@ def test_m53_top_candidates_bound_the_divergence_from_below():
   z, teacher = draws(4, 9), draws(4, 9, seed=1)
   for fn in (losses.forward_kl, losses.reverse_kl):
     full = fn(z, teacher)
-    coarse = [fn(*losses.top_candidates(z, teacher, k=k)) for k in (1, 2, 5, 8)]
+    coarse = [fn(*losses.top_candidates(z, teacher, k=k)) for k in range(1, 9)]
     for a, b in zip(coarse, [*coarse[1:], full], strict=True):
       assert np.all(a <= b + 1e-12)
     # One candidate and the rest, when all but the last are kept, is everything.

@@ -6,12 +6,7 @@ config may name; `postrain.rewards.scores` runs them and checks what they
 return. A reward of your own is any function of this signature.
 """
 
-from postrain.rewards.mathematics import (
-  accuracy,
-  answer_format,
-  choice,
-  exact_match,
-)
+from postrain.rewards.mathematics import accuracy, answer_format
 from postrain.rewards.text import (
   animal_story,
   contains,
@@ -27,9 +22,7 @@ __all__ = [
   'accuracy',
   'animal_story',
   'answer_format',
-  'choice',
   'contains',
-  'exact_match',
   'finished',
   'format_tags',
   'length_penalty',
