@@ -16,7 +16,7 @@ Losses = tuple[Float[Array, 'B T'], dict[str, Float[Array, 'B T']]]
 
 def weighted_logprobs(weights: Array, logprobs: Array, mask: Array) -> Array:
   """−sg(w) log π on the mask: the policy gradient under a constant weight."""
-  # The sign goes under the select: XLA then fuses the gradient's select with it.
+  # With the sign under it, this select and that of the gradient fuse in XLA.
   weights = jnp.where(mask, -stop_gradient(weights), 0)
   return weights * jnp.where(mask, logprobs, 0)
 
