@@ -179,10 +179,9 @@ def _run_value(run: str) -> Fraction | None:
   """A run of digits and separators as a number or a quotient of two."""
   if len(run) > MAX_NUMBER_LENGTH:
     return None
-  parts = [_decimal(part) for part in run.split('/')]
-  if len(parts) > 2 or None in parts or (len(parts) == 2 and not parts[1]):
-    return None
-  return parts[0] if len(parts) == 1 else parts[0] / parts[1]
+  top, slash, bottom = run.partition('/')
+  value, divisor = _decimal(top), _decimal(bottom) if slash else Fraction(1)
+  return value / divisor if value is not None and divisor else None
 
 
 def _decimal(run: str) -> Fraction | None:
