@@ -222,6 +222,7 @@ def test_a_file_that_cannot_be_asked_is_refused(tmp_path, rows, message):
   ('others', 'message'),
   [
     ({'data': 'nowhere.jsonl'}, 'nowhere.jsonl is no file'),
+    ({'data': 'rows.jsonl.gz'}, 'unpack it with gunzip'),
     ({'model': 'nowhere'}, "'nowhere' does not exist"),
     ({'question_field': 'question'}, 'give both fields, or a layout'),
     ({'question_field': 'q', 'answer_field': 'answer'}, "row 1 does not fit"),
