@@ -148,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(f'error: {" ".join(str(error).split())}')
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:  # the reader has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == '__main__':

@@ -150,6 +150,8 @@ def read_problems(
 
 
 def _examples(path: pathlib.Path) -> list[dict[str, Any]]:
+  if path.suffix == '.gz':
+    raise ValueError(f'{path} is compressed: unpack it with gunzip')
   if path.suffix != '.json':
     return read_jsonl(path, fields=())
   try:

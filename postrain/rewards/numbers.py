@@ -179,12 +179,9 @@ def _run_value(run: str) -> Fraction | None:
   """A run of digits and separators as a number or a quotient of two."""
   if len(run) > MAX_NUMBER_LENGTH:
     return None
-  over, *under = run.split('/')
-  value = _decimal(over)
-  if value is None or not under:
-    return value
-  divisor = _decimal(under[0]) if len(under) == 1 else None
-  return value / divisor if divisor else None
+  top, slash, bottom = run.partition('/')
+  value, divisor = _decimal(top), _decimal(bottom) if slash else Fraction(1)
+  return value / divisor if value is not None and divisor else None
 
 
 def _decimal(run: str) -> Fraction | None:
