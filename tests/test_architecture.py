@@ -30,7 +30,8 @@ LAYERS = (
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
-    *('environments', 'evaluator', 'recipe', 'states', 'trainer'),
+    *('environments', 'evaluator', 'preparation', 'recipe', 'states'),
+    'trainer',
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}
