@@ -75,7 +75,7 @@ RULES = {
   **dict.fromkeys(['forward', 'backward', 'preference', 'labels'], share),
   **dict.fromkeys(['logits', 'teacher_logits'], logit),
   **dict.fromkeys(['chosen_lengths', 'rejected_lengths', 'ranks'], count),
-  **dict.fromkeys(['selected', 'desirable'], flag),
+  **dict.fromkeys(['selected', 'desirable', 'where'], flag),
   'advantages': advantage,
   'margins': share,
   'reference_point': step,
@@ -140,7 +140,7 @@ def variants(name: str, fn) -> dict[str, dict]:
 
 def key_of(name: str, argument: str, shape: str) -> str:
   """One array for all losses that mean the same by it."""
-  if argument in ('mask', 'where'):
+  if argument in ('mask', 'where') and shape != 'N':
     return 'mask'
   rule = (name, argument)
   return '/'.join([*rule, shape] if rule in OWN_RULES else [argument, shape])
