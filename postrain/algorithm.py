@@ -9,11 +9,11 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from postrain import (
-  advantages,
   aggregation,
   importance,
   kl,
@@ -21,27 +21,19 @@ from postrain import (
   masks,
   objectives,
   optimizers,
-  shaping,
 )
-from postrain.batches import asked, assemble, call_by_name, reweigh, take
+from postrain.batches import asked, call_by_name, reweigh, take
 from postrain.binding import bind
 from postrain.couplings import with_array, with_selection
+from postrain.preparation import bind_advantage, make_prepare, uses_reference
 from postrain.recipe import Block, Recipe
-from postrain.references import (
-  make_move_reference,
-  reference_metrics,
-  uses_reference,
-)
 from postrain.sampling import sample
-from postrain.scoring import score
 from postrain.train_step import make_train_step
 from postrain.types import (
   Batch,
-  Max,
   Metrics,
   Model,
   Params,
-  Rollout,
   Samples,
 )
 
@@ -81,29 +73,45 @@ def make_algorithm(
   recipe: Recipe, model: Model, *, pad_id: int, stop_ids: tuple[int, ...]
 ) -> Algorithm:
   """Bind every choice of a recipe; all errors of naming appear here."""
-  aggregate = bind(aggregation, recipe.aggregation)
+  estimator = bind(kl, recipe.kl.estimator)
+  advantage = bind_advantage(recipe)
+  rl_optimizer = bind(optimizers, recipe.rl.optimizer)()
+  sft_optimizer = bind(optimizers, recipe.sft.optimizer)()
+  greedy = _make_sample(recipe, model, pad_id, stop_ids, greedy=True)
+  return Algorithm(
+    sample=_make_sample(recipe, model, pad_id, stop_ids),
+    greedy=greedy if 'baselines' in asked(advantage) else None,
+    prepare=make_prepare(recipe, model, estimator, advantage),
+    update=_make_update(recipe, model, rl_optimizer),
+    imitate=_make_imitate(recipe, model, sft_optimizer),
+    move_reference=_make_move_reference(recipe),
+    rl_optimizer=rl_optimizer,
+    sft_optimizer=sft_optimizer,
+    uses_reference=uses_reference(recipe),
+  )
+
+
+def _make_update(
+  recipe: Recipe, model: Model, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Metrics]]:
   weigh = functools.partial(
     reweigh,
-    aggregation=aggregate,
+    aggregation=bind(aggregation, recipe.aggregation),
     kl_aggregation=_optional(aggregation, recipe.kl.aggregation),
     correction=_optional(importance, recipe.correction),
   )
-  estimator = bind(kl, recipe.kl.estimator)
-  advantage = _bind_advantage(recipe)
   loss = bind(losses, recipe.loss)
-  rl_optimizer = bind(optimizers, recipe.rl.optimizer)()
-  sft_optimizer = bind(optimizers, recipe.sft.optimizer)()
   objective = objectives.policy_gradient(
     model,
     loss=loss,
-    kl=estimator,
+    kl=bind(kl, recipe.kl.estimator),
     kl_coef=recipe.kl.loss_coef,
     entropy_coef=recipe.entropy_coef,
     temperature=recipe.sampling.temperature,
     chunk_size=recipe.chunk_size,
   )
   rl_step = make_train_step(
-    objective, rl_optimizer, num_micro_batches=recipe.rl.num_micro_batches
+    objective, optimizer, num_micro_batches=recipe.rl.num_micro_batches
   )
   select = _make_select(recipe, model, restricts='selected' not in asked(loss))
 
@@ -113,56 +121,33 @@ def make_algorithm(
     batch = select(state.params['actor'], take(batch, rows), key)
     return rl_step(state, {}, weigh(batch))
 
-  greedy = _make_sample(recipe, model, pad_id, stop_ids, greedy=True)
-  return Algorithm(
-    sample=_make_sample(recipe, model, pad_id, stop_ids),
-    greedy=greedy if 'baselines' in asked(advantage) else None,
-    prepare=_make_prepare(recipe, model, estimator, advantage),
-    update=update,
-    imitate=_make_imitate(recipe, model, sft_optimizer),
-    move_reference=make_move_reference(recipe),
-    rl_optimizer=rl_optimizer,
-    sft_optimizer=sft_optimizer,
-    uses_reference=uses_reference(recipe),
-  )
+  return update
 
 
 def _make_imitate(
   recipe: Recipe, model: Model, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, Metrics]]:
-  objective = objectives.supervised(
-    model, loss=losses.negative_log_likelihood, chunk_size=recipe.chunk_size
-  )
-  step = make_train_step(
-    objective, optimizer, num_micro_batches=recipe.sft.num_micro_batches
+  sft_step = make_train_step(
+    objectives.supervised(
+      model,
+      loss=losses.negative_log_likelihood,
+      chunk_size=recipe.chunk_size,
+    ),
+    optimizer,
+    num_micro_batches=recipe.sft.num_micro_batches,
   )
 
   def imitate(
     state: Any, tokens: Any, valid: Any, mask: Any
   ) -> tuple[Any, Metrics]:
     weights = {'policy': call_by_name(aggregation.token_mean, {'mask': mask})}
-    return step(state, {}, Batch(tokens, valid, mask, weights, {}))
+    return sft_step(state, {}, Batch(tokens, valid, mask, weights, {}))
 
   return imitate
 
 
 def _optional(module: Any, block: Block | None) -> Callable | None:
   return None if block is None else bind(module, block)
-
-
-def _bind_advantage(recipe: Recipe) -> Callable[..., Any]:
-  """The advantage; one of several rewards has their weights from them."""
-  advantage = bind(advantages, recipe.advantage)
-  if 'reward_parts' not in asked(advantage):
-    return advantage
-  if recipe.kl.reward_coef is not None:
-    raise ValueError(
-      f'kl.reward_coef={recipe.kl.reward_coef} with advantage'
-      f' {recipe.advantage["name"]!r}: each reward is standardised by itself'
-      ' and none of them holds the KL; use kl.loss_coef'
-    )
-  weights = tuple(block['weight'] for block in recipe.rewards.values())
-  return bind(advantages, {'weights': weights, **recipe.advantage})
 
 
 def _make_select(
@@ -225,98 +210,20 @@ def _make_sample(
   return draw
 
 
-def _make_prepare(
-  recipe: Recipe, model: Model, estimator: Callable, advantage: Callable
-) -> Callable[..., tuple[Batch, Metrics, dict[str, Any]]]:
-  score_fn = functools.partial(
-    score,
-    model,
-    temperature=recipe.sampling.temperature,
-    chunk_size=recipe.chunk_size,
-    num_slices=recipe.rl.num_score_slices,
-  )
+def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:
+  choices = recipe.reference
 
-  def prepare(
-    params: Params, ref_params: Params, prompts: Any, prompt_mask: Any,
-    samples: Samples, rewards: Any, signals: dict[str, Any],
-  ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
-    tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
-    scores = score_fn(params['actor'], tokens, valid, mask)
-    arrays = {
-      'old_logprobs': scores.logprobs,
-      'sampler_logprobs': behind_prompt(prompts, samples.sampler_logprobs),
-    }
-    gap = jnp.abs(
-      scores.model_logprobs - behind_prompt(prompts, samples.model_logprobs)
-    )
-    informative = masks.informative_groups(rewards)
-    metrics: Metrics = {
-      'sampler/logprob_gap_max': Max(jnp.where(mask, gap, 0).max()),
-      'sampler/logprob_gap': objectives.masked_mean(gap, mask),
-      'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
-    }
-    if uses_reference(recipe):
-      ref = score_fn(ref_params, tokens, valid, mask)
-      arrays['ref_logprobs'] = ref.logprobs
-      figures = {'logprobs': scores.logprobs, 'ref_logprobs': ref.logprobs}
-      metrics |= reference_metrics(figures, mask)
-      if recipe.kl.reward_coef is not None:
-        penalty = call_by_name(estimator, {**figures, 'mask': mask})
-        if 'mask' in asked(advantage):  # along tokens: each pays for itself
-          arrays['penalties'] = recipe.kl.reward_coef * penalty
-        else:
-          rewards = shaping.kl_penalized(
-            rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
-          ).reshape(rewards.shape)
-    rollout = Rollout(
-      tokens=tokens,
-      valid=valid,
-      mask=mask,
-      rewards=rewards,
-      truncated=samples.truncated,
-      version=jnp.zeros(tokens.shape, jnp.int32),
-      turn_ids=jnp.zeros(tokens.shape, jnp.int32),
-      arrays=arrays,
-    )
-    trained = _trained_tokens(recipe, rollout, informative)
-    batch = assemble(
-      rollout, advantage=advantage, trained=trained, signals=signals
-    )
-    return batch, metrics, _columns(batch, gap)
+  def move(ref_params: Params, params: Params, iteration: Any) -> Params:
+    """The reference after ``iteration`` (from 0) has updated ``params``."""
+    if choices.update == 'frozen':
+      return ref_params
+    if choices.update == 'ema':
+      return jax.tree.map(
+        lambda r, p: choices.decay * r + (1 - choices.decay) * p,
+        ref_params,
+        params,
+      )
+    due = (iteration + 1) % choices.every == 0
+    return jax.tree.map(lambda r, p: jnp.where(due, p, r), ref_params, params)
 
-  return prepare
-
-
-def join_prompts(
-  prompts: Any, prompt_mask: Any, samples: Samples
-) -> tuple[Any, Any, Any]:
-  """Put each completion behind its prompt: (tokens, valid, mask)."""
-  num_samples = samples.tokens.shape[0] // prompts.shape[0]
-  repeat = functools.partial(jnp.repeat, repeats=num_samples, axis=0)
-  tokens = jnp.concatenate([repeat(prompts), samples.tokens], axis=1)
-  valid = jnp.concatenate([repeat(prompt_mask), samples.mask], axis=1)
-  return tokens, valid, behind_prompt(prompts, samples.mask)
-
-
-def behind_prompt(prompts: Any, values: Any) -> Any:
-  """Move per-token figures of completions behind the prompt's slots."""
-  return jnp.pad(values, ((0, 0), (prompts.shape[1], 0)))
-
-
-def _columns(batch: Batch, gap: Any) -> dict[str, Any]:
-  """Figures of each completion, for the sample files."""
-  lengths = jnp.maximum(batch.mask.sum(-1, dtype=jnp.float32), 1)
-  advantages = batch.arrays['advantages'].sum(-1) / lengths
-  largest = jnp.where(batch.mask, gap, 0).max(-1)
-  return {'advantage': advantages, 'logprob_gap': largest}
-
-
-def _trained_tokens(recipe: Recipe, rollout: Rollout, informative: Any) -> Any:
-  """Which tokens the policy term trains on."""
-  trained = rollout.mask
-  if recipe.filter.overlong == 'mask':
-    trained = trained & masks.overlong(rollout.mask, rollout.truncated)
-  if recipe.filter.informative_only:
-    rows = jnp.repeat(informative.reshape(-1), rollout.rewards.shape[1])
-    trained = trained & rows[:, None]
-  return trained
+  return move

@@ -31,16 +31,8 @@ LAYERS = (
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
-    *(
-      'environments',
-      'evaluator',
-      'exam',
-      'policies',
-      'recipe',
-      'references',
-      'states',
-    ),
-    *('streaming', 'trainer'),
+    *('environments', 'evaluator', 'exam', 'policies', 'preparation'),
+    *('recipe', 'states', 'streaming', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}

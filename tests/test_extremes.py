@@ -77,7 +77,7 @@ RULES = {
   **dict.fromkeys(['chosen_lengths', 'rejected_lengths', 'ranks'], count),
   'experts': count,
   'shares': share,
-  **dict.fromkeys(['selected', 'desirable'], flag),
+  **dict.fromkeys(['selected', 'desirable', 'where'], flag),
   'advantages': advantage,
   'margins': share,
   'reference_point': step,
@@ -145,7 +145,7 @@ def variants(name: str, fn) -> dict[str, dict]:
 
 def key_of(name: str, argument: str, shape: str) -> str:
   """One array for all losses that mean the same by it."""
-  if argument in ('mask', 'where'):
+  if argument in ('mask', 'where') and shape != 'N':
     return 'mask'
   rule = (name, argument)
   return '/'.join([*rule, shape] if rule in OWN_RULES else [argument, shape])
