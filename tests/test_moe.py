@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from postrain import sharding
+from postrain import aggregation, losses, sharding
 from postrain.models import moe
 
 quick_compiler = tiny.quick_compiler
@@ -100,7 +100,7 @@ def check(arrays, experts, tolerance):
   return grads
 
 
-# One token; one selected; all selected; padded blocks; fewer pairs than experts.
+# One token; one selected; all selected; padded blocks; more experts than pairs.
 SIZES = [(1, 4, 2), (7, 4, 1), (5, 3, 3), (40, 4, 2), (4, 16, 3)]
 
 
@@ -203,7 +203,8 @@ def test_replayed_experts_have_live_gates(normalize):
     logits.at[:, :2].add(300.0), last * 0 + [4, 5], num_selected=2,
     normalize=normalize,
   )  # fmt: skip
-  assert np.all(np.isfinite(stale.gates)) and np.all(np.isfinite(gradient))
+  assert np.all(np.isfinite(stale.gates))
+  assert np.all(np.isfinite(gradient))
   assert np.allclose(stale.gates.sum(1), float(normalize))
 
 
@@ -308,9 +309,7 @@ def test_devices_multiply_with_the_experts_that_they_hold(sizes):
   """Values and gradients are those of one device, and no weight moves."""
   arrays, mesh = draw(32, 8, np.float32), sharding.make_mesh(**sizes)
   with sharding.on(mesh):
-    places = sharding.shardings(
-      mesh, jax.tree.map(jnp.asarray, arrays), AXES
-    )
+    places = sharding.shardings(mesh, jax.tree.map(jnp.asarray, arrays), AXES)
     placed = jax.device_put(arrays, places)
     for name in ('gate', 'up', 'down'):
       shard = placed[name].sharding.shard_shape(arrays[name].shape)
@@ -353,3 +352,59 @@ def test_the_form_is_that_of_the_backend_and_the_shape(monkeypatch):
   assert grouped not in forms_of(32, 4, 2)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   assert grouped in forms_of(16, 4, 2)
+
+
+def unit_balance(logits, experts, mask, shares, weights):
+  values, _ = losses.load_balance(logits, experts, mask, shares)
+  return jnp.sum(weights * values)
+
+
+@pytest.mark.parametrize('given', [True, False])
+def test_load_balance_is_additive_over_units(given):
+  """With shares of a pass before, and with those of each sequence."""
+  rng = np.random.default_rng(1)
+  logits = jnp.asarray(rng.standard_normal((4, 6, 8)), jnp.float32)
+  mask = jnp.asarray(rng.random((4, 6)) < 0.7)
+  experts = jax.lax.top_k(logits, 2)[1]
+  shares = losses.expert_shares(experts, mask, num_experts=8) if given else None
+  weights = aggregation.token_mean(mask)
+  grad = jax.jit(jax.value_and_grad(unit_balance))
+  whole, gradient = grad(logits, experts, mask, shares, weights)
+  for rows in (slice(0, 2), slice(2, 4)):
+    # Padding holds anything.
+    padded = jnp.where(mask[rows][..., None], logits[rows], jnp.nan)
+    value, part = grad(padded, experts[rows], mask[rows], shares, weights[rows])
+    whole -= value
+    np.testing.assert_allclose(part, gradient[rows], atol=1e-7)
+  assert abs(whole) < 1e-6
+
+
+def test_load_balance_is_that_of_transformers():
+  """But for K: its shares sum to the number of selected experts."""
+  torch = pytest.importorskip('torch', reason='parity needs torch')
+  pytest.importorskip('transformers')
+  from transformers.models.mixtral import modeling_mixtral as mixtral
+
+  rng = np.random.default_rng(1)
+  logits = jnp.asarray(rng.standard_normal((4, 6, 8)), jnp.float32)
+  mask = jnp.asarray(np.arange(6) < [[6], [2], [5], [1]])
+  theirs = mixtral.load_balancing_loss_func(
+    (torch.tensor(np.asarray(logits)).reshape(-1, 8),), 8, 2,
+    torch.tensor(np.asarray(mask, int)),
+  )  # fmt: skip
+  experts = jax.lax.top_k(logits, 2)[1]
+  shares = losses.expert_shares(experts, mask, num_experts=8)
+  values, metrics = losses.load_balance(logits, experts, mask, shares)
+  found = jnp.sum(aggregation.token_mean(mask) * values)
+  assert 2 * found == pytest.approx(theirs.item(), rel=1e-5)
+  assert metrics['peak_load'].max() == pytest.approx(8 * shares.max())
+
+
+def test_an_even_load_has_balance_one_and_a_hotspot_the_number_of_experts():
+  mask = jnp.ones((1, 4), bool)
+  even = jnp.arange(4, dtype=jnp.int32)[None, :, None]
+  values, _ = losses.load_balance(jnp.zeros((1, 4, 4)), even, mask)
+  np.testing.assert_allclose(values, 1.0)
+  hot = jnp.zeros((1, 4, 4)).at[..., 2].set(50.0)
+  values, _ = losses.load_balance(hot, even * 0 + 2, mask)
+  np.testing.assert_allclose(values, 4.0)

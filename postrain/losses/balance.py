@@ -2,8 +2,8 @@
 
 from jax import Array
 from jax.lax import stop_gradient
-import jax.numpy as jnp
 from jax.nn import one_hot, softmax
+import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from postrain.dtypes import promoted
@@ -12,29 +12,27 @@ __all__ = ['expert_shares', 'load_balance']
 
 
 def expert_shares(
-  router_logits: Float[Array, 'B T E'],
-  experts: Int[Array, 'B T K'],
-  mask: Bool[Array, 'B T'],
+  experts: Int[Array, 'B T K'], mask: Bool[Array, 'B T'], *, num_experts: int
 ) -> Float[Array, 'E']:
   """Measure which share of all selections each expert has.
 
-      f_e = Σ_{t,k} [e_{t,k} = e] / (K Σ_t 1), over all real tokens
+      f_e = Σ_{t,k} [e_{t,k} = e] / (K Σ_t 1), over real tokens
 
   Over a whole minibatch these are what `load_balance` needs to be additive
   over its parts. Of no token the shares are 0.
 
   Args:
-    router_logits: their last axis is that of the experts; values do not matter.
-    experts: selected indices.
+    experts: selected indices of one layer.
     mask: tokens that count; padding is False.
+    num_experts: E.
 
   Returns:
-    Shares, which sum to 1 and have no gradient.
+    Shares, which sum to 1.
 
   References:
     Fedus et al., 2021, Switch Transformers, arXiv:2101.03961.
   """
-  return _shares(router_logits, experts, mask, (0, 1))
+  return _shares(experts, mask, num_experts, axes=(0, 1))
 
 
 def load_balance(
@@ -67,8 +65,8 @@ def load_balance(
     2024, DeepSeek-V3 (per sequence), arXiv:2412.19437.
   """
   if shares is None:
-    shares = _shares(router_logits, experts, mask, (1,))
-  (wide, shares) = promoted(router_logits, shares)
+    shares = _shares(experts, mask, router_logits.shape[-1], axes=(1,))
+  wide, shares = promoted(router_logits, shares)
   logits = jnp.where(mask[..., None], wide, 0)
   scaled = stop_gradient(shares) * shares.shape[-1]
   scaled = jnp.broadcast_to(jnp.expand_dims(scaled, -2), logits.shape)
@@ -78,11 +76,11 @@ def load_balance(
 
 
 def _shares(
-  router_logits: Array, experts: Array, mask: Array, axes: tuple[int, ...]
+  experts: Array, mask: Array, num_experts: int, axes: tuple[int, ...]
 ) -> Array:
   """Shares over some of the axes of the tokens."""
-  (wide,) = promoted(router_logits)
-  chosen = one_hot(experts, wide.shape[-1], dtype=wide.dtype).mean(axis=2)
-  chosen = jnp.where(mask[..., None], chosen, 0)
-  count = jnp.maximum(jnp.sum(mask, axis=axes, dtype=wide.dtype), 1)
-  return jnp.sum(chosen, axis=axes) / jnp.expand_dims(count, -1)
+  dtype = jnp.result_type(float)
+  chosen = one_hot(experts, num_experts, dtype=dtype).mean(axis=2)
+  total = jnp.sum(jnp.where(mask[..., None], chosen, 0), axis=axes)
+  count = jnp.maximum(jnp.sum(mask, axis=axes, dtype=dtype), 1)
+  return total / jnp.expand_dims(count, -1)
