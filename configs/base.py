@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
         wandb_project=config_dict.placeholder(str),
       ),
       checkpoint=dict(every=50, keep=2, export=True),
-      mesh=dict(data=1, fsdp=1, tensor=1),
+      mesh=dict(data=1, fsdp=1, expert=1, tensor=1),
       chunk_size=128,
     )
   )

@@ -46,7 +46,7 @@ def check_assembly(
       "filter.overlong='mask', but no token ends a completion: every one would"
       " count as truncated and nothing would train; set it to 'keep'"
     )
-  shards = recipe.mesh.data * recipe.mesh.fsdp
+  shards = recipe.mesh.data * recipe.mesh.fsdp * recipe.mesh.expert
   if recipe.rl.num_iterations:
     _check_groups(recipe)
     _check_kl(recipe)
@@ -152,7 +152,7 @@ def _check_shards(name: str, number: int, shards: int) -> None:
   if number % shards:
     raise ValueError(
       f'{name}: {number} do not divide over {shards} devices'
-      ' (mesh.data x mesh.fsdp)'
+      ' (mesh.data x mesh.fsdp x mesh.expert)'
     )
 
 

@@ -46,8 +46,7 @@ def make_mesh(
     raise ValueError(
       f'mesh data={data} x fsdp={fsdp} x expert={expert} x tensor={tensor}'
       f' needs {needed} devices, there are {len(devices)}: change config.mesh'
-      f' (on CPU,'
-      f' JAX_NUM_CPU_DEVICES={needed} makes virtual ones)'
+      f' (on CPU, JAX_NUM_CPU_DEVICES={needed} makes virtual ones)'
     )
   return jax.make_mesh(
     sizes,
@@ -71,9 +70,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh) -> NamedSharding:
   """The leading axis cut over the devices that share a batch."""
-  return NamedSharding(
-    mesh, PartitionSpec(*logical_to_mesh_axes(('batch',), RULES) or ())
-  )
+  return NamedSharding(mesh, PartitionSpec(dict(RULES)['batch']))
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
@@ -82,7 +79,7 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
   Raises:
     ValueError: an axis does not divide (it would be replicated silently).
   """
-  parts = mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['expert']
+  parts = math.prod(mesh.shape[name] for name in dict(RULES)['batch'])
   for leaf in jax.tree.leaves(tree):
     if leaf.shape[0] % parts:
       raise ValueError(

@@ -21,7 +21,7 @@ from postrain import losses
 SHAPES = [(1, 1), (1, 7), (2, 1), (2, 2), (3, 5), (4, 8), (5, 3), (8, 16)]
 CONTENTS = 25
 MASKS = ('random', 'full', 'empty', 'empty rows', 'single tokens')
-REQUIRED = {'kl_coef': 0.1, 'num_experts': 4}
+REQUIRED = {'kl_coef': 0.1, 'num_experts': 6}
 # The default number of candidates is for real vocabularies.
 OPTIONS = {'top_candidates': {'k': 2}}
 # "p = 1 is infinitely far from q < 1": the metric says so, the loss is finite.
@@ -101,9 +101,9 @@ def dimensions(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
     '*n': (rows,),
     '*n V': (rows, length, 2 * length + 1),
     'B S M': (rows, length, 3),
-    'B T E': (rows, length, 4),
+    'B T E': (rows, length, 6),
     'B T K': (rows, length, 2),
-    'E': (4,),
+    'E': (6,),
     '': (),
   }
 

@@ -100,7 +100,7 @@ def check(arrays, experts, tolerance):
   return grads
 
 
-# One token; one selected; all; padded blocks; fewer pairs than experts.
+# One token; one selected; all selected; padded blocks; more experts than pairs.
 SIZES = [(1, 4, 2), (7, 4, 1), (5, 3, 3), (40, 4, 2), (4, 16, 3)]
 
 
