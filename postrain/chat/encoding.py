@@ -41,7 +41,7 @@ def encode_chat(
       ignores a part of it; no message, or one that is no text.
   """
   chat = prepared(tokenizer, messages, tools, enable_thinking)
-  text, cuts = uncut(render(chat, chat.messages, prompt=True), chat.cut)
+  text, cuts = _uncut(render(chat, chat.messages, prompt=True), chat.cut)
   return [token for token, _, _ in _encode(tokenizer, text, cuts)]
 
 
@@ -82,7 +82,7 @@ def encode_conversation(
       f'messages={messages!r:.80}: nothing to learn, no message of the role'
       " 'assistant' is rendered"
     )
-  text, cuts = uncut(marked, chat.cut)
+  text, cuts = _uncut(marked, chat.cut)
   spans = [
     tuple(edge - marked.count(chat.cut, 0, edge) for edge in span)
     for span in spans
@@ -103,7 +103,7 @@ def encode_conversation(
   )
 
 
-def uncut(text: str, cut: str) -> tuple[str, list[int]]:
+def _uncut(text: str, cut: str) -> tuple[str, list[int]]:
   """The text without its cuts, and where they were."""
   pieces = text.split(cut)
   cuts = list(itertools.accumulate(map(len, pieces)))[:-1]

@@ -1,6 +1,6 @@
 """Conversations in which nothing spells a special token, and their text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import json
 import re
 from typing import Any, NamedTuple
@@ -126,28 +126,30 @@ def _broken(value: Any, specials: tuple[str, ...], cut: str) -> Any:
 
 
 def render(chat: Chat, messages: Messages, *, prompt: bool = False) -> str:
+  """The text of messages, up to where the assistant speaks if ``prompt``."""
   return bounded(
-    chat.tokenizer.apply_chat_template,
-    list(messages),
-    tools=chat.tools,
-    add_generation_prompt=prompt,
-    tokenize=False,
-    **chat.options,
+    lambda: chat.tokenizer.apply_chat_template(
+      list(messages),
+      tools=chat.tools,
+      add_generation_prompt=prompt,
+      tokenize=False,
+      **chat.options,
+    )
   )
 
 
-def bounded(render: Any, *args: Any, **options: Any) -> Any:
+def bounded(rendered: Callable[[], Any]) -> Any:
   """Call what renders a template: its errors are those of a conversation."""
   try:
-    rendered = render(*args, **options)
+    made = rendered()
   except Exception as error:  # a template may raise anything
     raise ValueError(
       f'the chat template refuses the conversation: {error}'
     ) from error
-  text = rendered if isinstance(rendered, str) else rendered[0][0]
+  text = made if isinstance(made, str) else made[0][0]
   if len(text) > MAX_RENDERED:
     raise ValueError(
       f'the chat template makes {len(text)} characters of the conversation,'
       f' more than {MAX_RENDERED}: set tokenizer.chat_template to another'
     )
-  return rendered
+  return made

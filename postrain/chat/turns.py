@@ -19,12 +19,13 @@ def _generated(chat: Chat) -> tuple[str, list[tuple[int, int]]]:
   from transformers.utils.chat_template_utils import render_jinja_template
 
   texts, spans = bounded(
-    render_jinja_template,
-    [chat.messages],
-    tools=chat.tools,
-    chat_template=chat.template,
-    return_assistant_tokens_mask=True,
-    **{**chat.tokenizer.special_tokens_map, **chat.options},
+    lambda: render_jinja_template(
+      [chat.messages],
+      tools=chat.tools,
+      chat_template=chat.template,
+      return_assistant_tokens_mask=True,
+      **{**chat.tokenizer.special_tokens_map, **chat.options},
+    )
   )
   text, spans = texts[0], [(b, e) for b, e in spans[0] if b < e]
   last = text[slice(*spans[-1])] if spans else ''
