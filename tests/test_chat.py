@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from postrain import chat, data, thinking, tokenizers
+from postrain.chat import rendering
 
 SYSTEM = {'role': 'system', 'content': 'Be brief.'}
 TOOL = {
@@ -377,6 +378,11 @@ def test_what_the_template_ignores_is_refused():
   ):
     with pytest.raises(ValueError, match=f'{name} is given.*ignores it'):
       chat.encode_conversation(made, said, **options)
+  # Files write what a message has not got as empty.
+  empty = dict(messages[1], tool_calls=[], reasoning_content='')
+  assert chat.encode_conversation(
+    made, [messages[0], empty], tools=[]
+  ) == chat.encode_conversation(made, messages)
 
 
 def test_a_template_cannot_leave_the_sandbox():
@@ -387,7 +393,7 @@ def test_a_template_cannot_leave_the_sandbox():
 
 
 def test_a_template_that_floods_is_refused(monkeypatch):
-  monkeypatch.setattr('postrain.templates.MAX_RENDERED', 99)
+  monkeypatch.setattr(rendering, 'MAX_RENDERED', 99)
   made = with_template("{{- 'x' * 100 }}")
   with pytest.raises(ValueError, match=r'makes 100 characters .* than 99'):
     chat.encode_chat(made, [user('x')])

@@ -1,27 +1,11 @@
-"""Conversations to tokens: a template's text, and what of it is learnt.
-
-A chat template is a program that came with a download. It runs in a sandbox,
-its errors and its excesses are errors of the conversation, and nothing that
-a message, a tool or a role says is read as a special token.
-"""
+"""Rendered conversations as tokens, and the mask of what is learnt."""
 
 from collections.abc import Iterable
 import itertools
-import re
 from typing import Any, NamedTuple
 
-from postrain.templates import (
-  Messages,
-  Tools,
-  checked,
-  found_spans,
-  generated_spans,
-  rendered,
-)
-
-__all__ = ['Conversation', 'encode_chat', 'encode_conversation']
-
-GENERATION = re.compile(r'\{%-?\s*generation\s*-?%\}')
+from postrain.chat.rendering import Messages, Tools, prepared, render
+from postrain.chat.turns import turns
 
 
 class Conversation(NamedTuple):
@@ -56,8 +40,8 @@ def encode_chat(
     ValueError: no chat template, or one that refuses the conversation or
       ignores a part of it; no message, or one that is no text.
   """
-  chat = checked(tokenizer, messages, tools, enable_thinking)
-  text, cuts = _uncut(rendered(chat, chat.messages, prompt=True), chat.cut)
+  chat = prepared(tokenizer, messages, tools, enable_thinking)
+  text, cuts = _uncut(render(chat, chat.messages, prompt=True), chat.cut)
   return [token for token, _, _ in _encode(tokenizer, text, cuts)]
 
 
@@ -91,11 +75,8 @@ def encode_conversation(
     ValueError: see `encode_chat`; no turn of the assistant; a turn that the
       template does not render, or does not end with a special token.
   """
-  chat = checked(tokenizer, messages, tools, enable_thinking)
-  if GENERATION.search(chat.template):
-    marked, spans = generated_spans(chat)
-  else:
-    marked, spans = found_spans(chat)
+  chat = prepared(tokenizer, messages, tools, enable_thinking)
+  marked, spans = turns(chat)
   if not spans:
     raise ValueError(
       f'messages={messages!r:.80}: nothing to learn, no message of the role'
