@@ -14,8 +14,9 @@ import optax
 from postrain.types import Model, Params
 
 # Logical axis -> mesh axes. Logical names are all that models know.
+BATCH_AXES = ('data', 'fsdp', 'expert')
 RULES = (
-  ('batch', ('data', 'fsdp', 'expert')),
+  ('batch', BATCH_AXES),
   # Rows of the experts' layer: each of its devices meets the tokens of all.
   ('tokens', ('data', 'fsdp')),
   ('time', None),
@@ -70,7 +71,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh) -> NamedSharding:
   """The leading axis cut over the devices that share a batch."""
-  return NamedSharding(mesh, PartitionSpec(dict(RULES)['batch']))
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
@@ -79,7 +80,7 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
   Raises:
     ValueError: an axis does not divide (it would be replicated silently).
   """
-  parts = math.prod(mesh.shape[name] for name in dict(RULES)['batch'])
+  parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
   for leaf in jax.tree.leaves(tree):
     if leaf.shape[0] % parts:
       raise ValueError(

@@ -27,7 +27,7 @@ LAYERS = (
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
     *('metrics', 'reporting', 'rewards', 'rollouts', 'sandbox', 'thinking'),
-    *('templates', 'tokenizers', 'workdir'),
+    *('tokenizers', 'workdir'),
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
