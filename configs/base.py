@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
       advantage=dict(name='group_normalized', eps=1e-6),
       loss=dict(name='ppo_clip', clip_low=0.2, clip_high=0.2),
       aggregation=dict(name='token_mean'),
+      selection=config_dict.placeholder(dict),
       correction=config_dict.placeholder(dict),
       kl=dict(
         estimator=dict(name='k3'),
@@ -87,7 +88,7 @@ def get_config() -> ConfigDict:
         wandb_project=config_dict.placeholder(str),
       ),
       checkpoint=dict(every=50, keep=2, export=True),
-      mesh=dict(data=1, fsdp=1, tensor=1),
+      mesh=dict(data=1, fsdp=1, expert=1, tensor=1),
       chunk_size=128,
     )
   )

@@ -7,6 +7,9 @@ differs. In a config, after the sampling limit is set:
 
   presets.apply(config, 'dapo/verl')
 
+Those of preferences stand in `PREFERENCES`: a loss of `postrain.objectives`
+(``preference``, of KTO ``unpaired``) and a term that imitates the chosen.
+
 What a preset does not name (the reference, dynamic sampling) it leaves alone.
 `docs/presets.md` is this table, and a test holds losses and gradients against
 those of the trainers.
@@ -43,15 +46,35 @@ TOKENS = dict(name='token_mean')
 SEQUENCES = dict(name='sequence_mean')
 ALL_SEQUENCES = dict(name='sequence_mean', count_empty=True)
 SUMS = dict(name='sequence_sum')
+COVARIANCE = dict(name='covariance', fraction=2e-4, low=1.0, high=5.0)
 # Dr. GRPO divides by the limit of new tokens, which `apply` fills in.
 CONSTANT = dict(name='constant_length', length=None)
 ALL_CONSTANT = dict(name='constant_length', length=None, count_empty=True)
 
 
 def choices(
-  advantage: Block, loss: Block, aggregation: Block, kl: Block = NO_KL
+  advantage: Block,
+  loss: Block,
+  aggregation: Block,
+  kl: Block = NO_KL,
+  selection: Block | None = None,
 ) -> Block:
-  return dict(advantage=advantage, loss=loss, aggregation=aggregation, kl=kl)
+  return dict(
+    advantage=advantage,
+    loss=loss,
+    aggregation=aggregation,
+    selection=selection,
+    kl=kl,
+  )
+
+
+def top_covariance(fraction: float) -> Block:
+  return dict(name='top_covariance', fraction=fraction)
+
+
+def plus_plus(baseline: bool = False, ddof: int = 1) -> Block:
+  name = 'reinforce_plus_plus' + ('_baseline' if baseline else '')
+  return dict(name=name, eps=1e-8, ddof=ddof)
 
 
 GSPO = dict(clip_low=3e-4, clip_high=4e-4)
@@ -127,7 +150,91 @@ PRESETS: dict[str, dict[str, Block]] = {
       CENTERED, dict(name='mirror_descent', kl_coef=1.0), SEQUENCES
     ),
   ),
+  'remax': dict(
+    paper=choices(dict(name='remax'), dict(name='reinforce'), SUMS),
+    verl=choices(dict(name='remax'), clip(**DUAL), TOKENS),
+  ),
+  'gpg': dict(
+    paper=choices(dict(name='gpg'), dict(name='reinforce'), TOKENS),
+    verl=choices(
+      dict(name='gpg', counted='nonzero', singleton='raw'),
+      dict(name='reinforce'), TOKENS,
+    ),
+  ),
+  'reinforce_plus_plus': dict(
+    paper=choices(plus_plus(ddof=0), clip(), TOKENS, reward_kl('k1', 0.01)),
+    verl=choices(plus_plus(), clip(**DUAL), TOKENS),
+  ),
+  'reinforce_plus_plus_baseline': dict(
+    paper=choices(
+      plus_plus(True, ddof=0), clip(), TOKENS, loss_kl('k2', 1e-3)
+    ),
+    verl=choices(plus_plus(True), clip(**DUAL), TOKENS),
+  ),
+  'gdpo': dict(
+    paper=choices(dict(name='gdpo', eps=1e-6, ddof=0), clip(), SEQUENCES),
+    trl=choices(
+      dict(name='gdpo', eps=1e-4, ddof=1), clip(**UNLIMITED), TOKENS
+    ),
+  ),
+  'clip_cov': dict(
+    paper=choices(
+      group(), clip(1.0, 1.0), TOKENS,
+      selection=dict(**COVARIANCE, clip_low=1.0, clip_high=1.0),
+    ),
+    verl=choices(
+      VERL, clip(**UNLIMITED), TOKENS,
+      selection=dict(**COVARIANCE, clip_low=0.2, clip_high=0.2),
+    ),
+  ),
+  'kl_cov': dict(
+    paper=choices(
+      group(), dict(name='kl_cov', kl_coef=1.0), TOKENS,
+      selection=top_covariance(2e-3),
+    ),
+    verl=choices(
+      VERL, dict(name='kl_cov', kl_coef=0.1, **UNLIMITED), TOKENS,
+      selection=top_covariance(2e-4),
+    ),
+  ),
 }  # fmt: skip
+
+
+def pairs(name: str, sft: Block | None = None, **options: object) -> Block:
+  return dict(loss=dict(name=name, **options), sft=sft)
+
+
+LIKELIHOOD = dict(coef=1.0, aggregation=TOKENS)
+KTO = dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
+# ORPO of TRL imitates the prompt too, and has no row.
+PREFERENCES: dict[str, dict[str, Block]] = {
+  'dpo': dict(
+    paper=pairs('dpo', beta=0.1, label_smoothing=0.0),
+    trl=pairs('dpo', beta=0.1, label_smoothing=0.0),
+  ),
+  'ipo': dict(
+    paper=pairs('ipo', beta=0.1),
+    trl=pairs('length_normalized_ipo', beta=0.1),
+  ),
+  'hinge': dict(
+    paper=pairs('hinge', beta=0.05),
+    trl=pairs('hinge', beta=0.1),
+  ),
+  'robust': dict(
+    paper=pairs('robust_dpo', beta=0.1, label_smoothing=0.1),
+    trl=pairs('robust_dpo', beta=0.1, label_smoothing=0.0),
+  ),
+  'kto': dict(paper=pairs('kto', **KTO), trl=pairs('kto', **KTO)),
+  'orpo': dict(paper=pairs('orpo', coef=0.1)),
+  'simpo': dict(
+    paper=pairs('simpo', beta=2.0, gamma=1.0),
+    trl=pairs('simpo', LIKELIHOOD, beta=0.1, gamma=0.5),
+  ),
+  'cpo': dict(
+    paper=pairs('cpo', beta=0.1, nll_coef=1.0),
+    trl=pairs('cpo', LIKELIHOOD, beta=0.1, nll_coef=None),
+  ),
+}
 
 
 def preset(name: str) -> Block:
@@ -136,23 +243,30 @@ def preset(name: str) -> Block:
   Raises:
     ValueError: no such preset.
   """
+  presets = {**PRESETS, **PREFERENCES}
   algorithm, _, source = name.partition('/')
-  if source not in PRESETS.get(algorithm, {}):
-    known = ', '.join(f'{a}/{s}' for a, of in PRESETS.items() for s in of)
+  if source not in presets.get(algorithm, {}):
+    known = ', '.join(f'{a}/{s}' for a, of in presets.items() for s in of)
     raise ValueError(f'preset {name!r} does not exist; there are: {known}')
-  return ConfigDict(PRESETS[algorithm][source]).to_dict()
+  return ConfigDict(presets[algorithm][source]).to_dict()
 
 
 def apply(config: ConfigDict, name: str) -> None:
   """Replace the axes of a config by those of a preset.
 
   Raises:
-    ValueError: no such preset.
+    ValueError: no such preset, or one of preferences.
   """
   blocks = preset(name)
+  if 'advantage' not in blocks:
+    raise ValueError(
+      f'preset {name!r} is of preferences, a config of rollouts: take its loss'
+      ' by preset() and give it to postrain.objectives'
+    )
   if blocks['aggregation'].get('length', 0) is None:
     blocks['aggregation']['length'] = config.sampling.max_new_tokens
   kl = blocks.pop('kl')
+  config.selection = blocks.pop('selection')
   for axis, block in blocks.items():
     config[axis] = ConfigDict(block)
   if 'estimator' in kl:

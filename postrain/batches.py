@@ -14,23 +14,30 @@ from postrain import shaping
 from postrain.types import Batch, Packing, Rollout
 
 
-def call_by_name(fn: Callable, arrays: Mapping[str, Any]) -> Any:
-  """Pass the arrays that a signature asks for by name."""
-  wanted = [
-    p
+def asked(fn: Callable) -> dict[str, Any]:
+  """The arrays that a signature asks for, with their defaults."""
+  return {
+    p.name: p.default
     for p in inspect.signature(fn).parameters.values()
     if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-  ]
+  }
+
+
+def call_by_name(fn: Callable, arrays: Mapping[str, Any]) -> Any:
+  """Pass the arrays that a signature asks for by name."""
+  wanted = asked(fn)
   present = sorted(k for k, v in arrays.items() if v is not None)
   missing = [
-    p.name for p in wanted if p.default is p.empty and p.name not in present
+    name
+    for name, default in wanted.items()
+    if default is inspect.Parameter.empty and name not in present
   ]
   if missing:
     raise ValueError(
       f'{getattr(fn, "func", fn).__name__} asks for {", ".join(missing)};'
       f' this assembly has: {", ".join(present)}'
     )
-  return fn(*(arrays.get(p.name) for p in wanted))
+  return fn(*(arrays.get(name) for name in wanted))
 
 
 def assemble(
@@ -39,27 +46,32 @@ def assemble(
   advantage: Callable[..., Array],
   trained: Bool[Array, 'B T'] | None = None,
   counted: Bool[Array, 'B T'] | None = None,
+  signals: Mapping[str, Array] | None = None,
 ) -> Batch:
   """Make a batch of a rollout, with advantages over its groups.
 
   The weights come from `reweigh`, anew for each optimiser minibatch.
 
   Args:
-    rollout: its rewards [P G] already hold what shapes them.
+    rollout: its rewards [P G] already hold what shapes them, but for
+      ``penalties`` [B T] in its arrays, which are taken from rewards of tokens.
     advantage: of `postrain.advantages`; one that asks for a ``mask`` is along
       tokens, with the reward of a completion on its last token.
     trained: tokens of the policy term, the mask if None.
     counted: tokens of its denominator, ``trained`` if None.
+    signals: what else the advantage may ask for: ``baselines`` [P],
+      ``reward_parts`` [P G K].
   """
   mask = rollout.mask
   num_prompts, num_samples = rollout.rewards.shape
   groups = jnp.repeat(jnp.arange(num_prompts), num_samples)
-  advantages = _advantages(advantage, rollout, groups)
+  advantages = _advantages(advantage, rollout, groups, signals or {})
   trained = mask if trained is None else trained & mask
   counted = trained if counted is None else counted & mask
   arrays = {
     'advantages': jnp.where(mask, advantages, 0),
     'groups': groups,
+    'sequence_ids': jnp.arange(len(mask)),
     'trained': trained,
     'counted': counted,
   }
@@ -73,17 +85,22 @@ def assemble(
 
 
 def _advantages(
-  advantage: Callable[..., Array], rollout: Rollout, groups: Array
-) -> Array:
+  advantage: Callable[..., Array], rollout: Rollout, groups: Array,
+  signals: Mapping[str, Array],
+) -> Array:  # fmt: skip
   """Advantages of tokens [B T], or of sequences [B 1]."""
   mask, rewards = rollout.mask, rollout.rewards
-  if 'mask' in inspect.signature(advantage).parameters:
-    free = jnp.zeros(mask.shape, rewards.dtype)  # what shapes them is in them
-    token_rewards = shaping.kl_shaped(rewards.reshape(-1), free, mask)
+  if 'mask' in asked(advantage):
+    free = jnp.zeros(mask.shape, rewards.dtype)
+    penalties = rollout.arrays.get('penalties', free)
+    token_rewards = shaping.kl_shaped(
+      rewards.reshape(-1), penalties, mask, coef=1.0
+    )
     arrays = {**rollout.arrays, 'rewards': token_rewards, 'mask': mask}
     arrays |= {'groups': groups, 'turn_ids': rollout.turn_ids}
     return call_by_name(advantage, arrays)
-  arrays = {'rewards': rewards, 'lengths': mask.sum(-1).reshape(rewards.shape)}
+  lengths = mask.sum(-1).reshape(rewards.shape)
+  arrays = {**signals, 'rewards': rewards, 'lengths': lengths}
   if 'old_logprobs' in rollout.arrays:
     logprobs = jnp.where(mask, rollout.arrays['old_logprobs'], 0).sum(-1)
     arrays['sequence_logprobs'] = logprobs.reshape(rewards.shape)
@@ -123,6 +140,43 @@ def reweigh(
   weights = {'policy': policy, 'entropy': everyone, 'value': everyone}
   weights['kl'] = aggregate(kl_aggregation or aggregation, batch.mask)
   return dataclasses.replace(batch, weights=weights)
+
+
+def weigh_units(
+  batch: Batch, *, sft_aggregation: Callable[..., Array] | None = None
+) -> Batch:
+  """Give each unit of a preference batch the same weight, that of its mean.
+
+  ``preference`` [B] stands on the first row of a unit (of a pair the chosen);
+  ``sft`` [B T] aggregates the tokens of the first rows, if asked for. A unit
+  without a token has no weight.
+  """
+  first = jnp.arange(len(batch.mask)) % batch.unit_size == 0
+  full = batch.mask.any(-1).reshape(-1, batch.unit_size).any(-1)
+  count = jnp.maximum(full.sum().astype(float), 1)
+  share = jnp.repeat(jnp.where(full, 1 / count, 0), batch.unit_size)
+  weights = {'preference': jnp.where(first, share, 0)}
+  if sft_aggregation is not None:
+    mask = batch.mask & first[:, None]
+    weights['sft'] = call_by_name(sft_aggregation, {'mask': mask})
+  return dataclasses.replace(batch, weights=weights)
+
+
+def mismatched(batch: Batch, *, prompt_length: int) -> Batch:
+  """Put the completion of the next row behind each prompt, for KTO.
+
+  Args:
+    batch: prompts in the first slots, completions behind them; made before its
+      rows are padded, permuted or packed.
+    prompt_length: slots of the prompts.
+  """
+
+  def rotate(x: Array) -> Array:
+    prompts, completions = x[:, :prompt_length], x[:, prompt_length:]
+    return jnp.concatenate([prompts, jnp.roll(completions, -1, 0)], axis=1)
+
+  parts = map(rotate, (batch.tokens, batch.valid, batch.mask))
+  return Batch(*parts, weights={}, arrays={})
 
 
 def take(batch: Batch, rows: Int[Array, ' N']) -> Batch:

@@ -16,11 +16,17 @@ class Checkpoints:
   listed and is replaced when the step is saved again.
   """
 
-  def __init__(self, directory: str, *, keep: int):
+  def __init__(
+    self, directory: str, *, keep: int | None, read_only: bool = False
+  ):
     import orbax.checkpoint as ocp
 
+    # A reader must not tidy up what the run beside it is writing.
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=True
+      max_to_keep=None if read_only else keep,
+      cleanup_tmp_directories=not read_only,
+      create=not read_only,
+      read_only=read_only,
     )
     self._manager = ocp.CheckpointManager(
       os.path.abspath(directory),
@@ -31,6 +37,10 @@ class Checkpoints:
   def latest(self) -> int | None:
     """The newest committed step."""
     return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """All committed steps, in order."""
+    return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: Any) -> None:
     """Save ``state`` under ``step`` and wait until it is committed."""

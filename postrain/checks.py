@@ -46,7 +46,7 @@ def check_assembly(
       "filter.overlong='mask', but no token ends a completion: every one would"
       " count as truncated and nothing would train; set it to 'keep'"
     )
-  shards = recipe.mesh.data * recipe.mesh.fsdp
+  shards = recipe.mesh.data * recipe.mesh.fsdp * recipe.mesh.expert
   if recipe.rl.num_iterations:
     _check_groups(recipe)
     _check_kl(recipe)
@@ -115,14 +115,16 @@ def _iteration(
     for reward in environment.device_task.rewards.values():
       reward(repeated, samples.tokens, samples.mask)
   rewards = jnp.zeros((len(prompts), num_samples))
+  parts = jnp.zeros((*rewards.shape, len(recipe.rewards)))
+  signals = {'baselines': rewards[:, 0], 'reward_parts': parts}
   batch, *_ = algorithm.prepare(
-    params, reference, prompts, mask, samples, rewards
+    params, reference, prompts, mask, samples, rewards, signals
   )
   state = TrainState(
     jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
   )
   rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
-  algorithm.update(state, batch, rows)
+  algorithm.update(state, batch, rows, key)
 
 
 def _check_groups(recipe: Recipe) -> None:
@@ -150,7 +152,7 @@ def _check_shards(name: str, number: int, shards: int) -> None:
   if number % shards:
     raise ValueError(
       f'{name}: {number} do not divide over {shards} devices'
-      ' (mesh.data x mesh.fsdp)'
+      ' (mesh.data x mesh.fsdp x mesh.expert)'
     )
 
 

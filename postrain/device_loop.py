@@ -159,11 +159,19 @@ def _iterate(
   key = run_key(seed, 'sample', iteration)
   samples = algorithm.sample(state.params, prompts, prompt_mask, key, ids)
   rewards = grade(task, recipe.rewards, prompts, samples.tokens, samples.mask)
-  weighted = [w * rewards[label] for label, w in environment.weights.items()]
+  weights = environment.weights
+  weighted = [w * rewards[label] for label, w in weights.items()]
   total = jnp.sum(jnp.stack(weighted), axis=0)
+  parts = jnp.stack([*rewards.values()], axis=-1)
+  signals = {'reward_parts': parts.reshape(len(ids), -1, len(rewards))}
+  if algorithm.greedy is not None:
+    best = algorithm.greedy(state.params, prompts, prompt_mask, key, ids)
+    graded = grade(task, recipe.rewards, prompts, best.tokens, best.mask)
+    baselines = jnp.stack([w * graded[k] for k, w in weights.items()])
+    signals['baselines'] = baselines.sum(0)
   batch, figures, _ = algorithm.prepare(
     state.params, state.ref_params, prompts, prompt_mask, samples,
-    total.reshape(len(ids), -1),
+    total.reshape(len(ids), -1), signals,
   )  # fmt: skip
   state, updates = _optimise(recipe, algorithm, seed, state, batch, iteration)
   figures = {k: value(v) for k, v in {**figures, **updates}.items()}
@@ -178,7 +186,8 @@ def _optimise(
   choices = recipe.rl
 
   def step(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-    return algorithm.update(state, batch, rows)
+    key = run_key(seed, 'selection', state.step)
+    return algorithm.update(state, batch, rows, key)
 
   def epoch(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
     key = minibatch_key(seed, iteration, number)

@@ -11,6 +11,7 @@ PURPOSES = (
   'demonstrations',
   'evaluation',
   'minibatches',
+  'selection',
 )
 
 

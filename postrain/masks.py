@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from postrain import importance, kl
 from postrain.dtypes import Scalar, promoted
@@ -231,6 +231,7 @@ def covariance(
   advantages: Float[Array, 'B T'],
   mask: Bool[Array, 'B T'],
   key: Key[Array, ''],
+  sequence_ids: Int[Array, ' B'] | None = None,
   *,
   fraction: Scalar = 2e-4,
   low: Scalar = 1.0,
@@ -245,8 +246,8 @@ def covariance(
 
   Such tokens are the ones that cost the entropy. N counts the tokens of the
   mask; if fewer are eligible all of them go, if none, none. What a token draws
-  depends on its place alone, not on padding. Use the result as the trained mask
-  of `ppo_clip` with the same bounds.
+  depends on its sequence and its number within it, not on padding or order. Use
+  the result as the trained mask of `ppo_clip` with the same bounds.
 
   Args:
     logprobs: of the current policy.
@@ -254,6 +255,7 @@ def covariance(
     advantages: of each token.
     mask: tokens that the policy chose, of the whole minibatch.
     key: of the draw; another for each update.
+    sequence_ids: a number of each sequence; its row if None.
     fraction: r, a share and no percentage.
     low, high: exclusive bounds of c.
     clip_low, clip_high: offsets of the loss in use, by default those of the
@@ -271,7 +273,9 @@ def covariance(
   clipped = (advantages > 0) & (ratios > 1 + clip_high)
   clipped |= (advantages < 0) & (ratios < 1 - clip_low)
   eligible = mask & ~clipped & (scores > low) & (scores < high)
-  drawn = _uniform(key, mask.shape)
+  if sequence_ids is None:
+    sequence_ids = jnp.arange(len(mask))
+  drawn = _uniform(key, sequence_ids, mask)
   return mask & ~_largest(drawn, eligible, _share(fraction, mask))
 
 
@@ -381,10 +385,10 @@ def _largest(scores: Array, eligible: Array, count: Array) -> Array:
   return eligible & (rank < count)
 
 
-def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
-  def draw(row: Array, column: Array) -> Array:
-    place = jax.random.fold_in(jax.random.fold_in(key, row), column)
+def _uniform(key: Array, sequence_ids: Array, mask: Array) -> Array:
+  def draw(sequence: Array, number: Array) -> Array:
+    place = jax.random.fold_in(jax.random.fold_in(key, sequence), number)
     return jax.random.uniform(place, (), jnp.float32)
 
-  rows, columns = map(jnp.arange, shape)
-  return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(rows, columns)
+  numbers = jnp.cumsum(mask, axis=1)  # 1 for the first token of the mask
+  return jax.vmap(jax.vmap(draw, (None, 0)))(sequence_ids, numbers)

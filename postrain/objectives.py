@@ -138,13 +138,18 @@ def supervised(
 
 
 def preference(
-  model: Model, *, loss: Callable, chunk_size: int = 128
+  model: Model,
+  *,
+  loss: Callable,
+  sft_coef: Scalar | None = None,
+  chunk_size: int = 128,
 ) -> Objective:
   """The objective of direct preference methods on pairs.
 
-  Rows stand in units of two: chosen, rejected. ``batch.arrays`` holds
-  ``ref_logprobs`` [B T] where the loss asks for references, and
-  ``batch.weights['preference']`` one weight per row, that of the chosen row.
+  Σ w_preference·loss − sft_coef Σ w_sft·log π, the second without its term if
+  the coefficient is None. Rows stand in units of two: chosen, rejected.
+  ``batch.arrays`` holds ``ref_logprobs`` [B T] where the loss asks for
+  references. The weights are those of `postrain.batches.weigh_units`.
   """
 
   def objective(
@@ -165,10 +170,45 @@ def preference(
     values, figures = call_by_name(loss, arrays)
     weights = batch.weights['preference'].reshape(-1, 2)[:, 0]
     total = jnp.sum(weights * values)
-    everyone = jnp.ones(values.shape, bool)
+    if sft_coef is not None:
+      likely = jnp.sum(batch.weights['sft'] * logprobs)
+      total -= sft_coef * likely
     metrics: Metrics = {'loss': Sum(jax.lax.stop_gradient(total))}
+    full = lengths.any(-1)
     metrics |= {
-      f'preference/{k}': masked_mean(v, everyone) for k, v in figures.items()
+      f'preference/{k}': masked_mean(v, full) for k, v in figures.items()
+    }
+    return total, metrics
+
+  return objective
+
+
+def unpaired(
+  model: Model, *, loss: Callable, chunk_size: int = 128
+) -> Objective:
+  """The objective of methods on single completions, known good or bad.
+
+  Σ w_preference·loss. ``batch.arrays`` holds ``desirable`` [B],
+  ``ref_logprobs`` [B T] and, one for all, the ``reference_point`` [B] of
+  `postrain.couplings.with_reference_point`.
+  """
+
+  def objective(
+    params: dict[str, Params], frozen: dict[str, Params], batch: Batch
+  ) -> tuple[Array, Metrics]:
+    del frozen
+    logprobs, _ = _policy_figures(
+      model, params['actor'], batch, 1.0, chunk_size, False
+    )
+    names = {'logprobs': logprobs, 'ref_logprobs': batch.arrays['ref_logprobs']}
+    arrays = {k: jnp.where(batch.mask, v, 0).sum(-1) for k, v in names.items()}
+    arrays['reference_point'] = batch.arrays['reference_point'][0]
+    values, figures = call_by_name(loss, {**batch.arrays, **arrays})
+    total = jnp.sum(batch.weights['preference'] * values)
+    metrics: Metrics = {'loss': Sum(jax.lax.stop_gradient(total))}
+    full = batch.mask.any(-1)
+    metrics |= {
+      f'preference/{k}': masked_mean(v, full) for k, v in figures.items()
     }
     return total, metrics
 

@@ -117,6 +117,7 @@ class Mesh:
 
   data: int
   fsdp: int
+  expert: int
   tensor: int
 
 
@@ -132,6 +133,7 @@ class Recipe:
   advantage: Block
   loss: Block
   aggregation: Block
+  selection: Block | None  # of `masks`, over each minibatch: see `couplings`
   correction: Block | None
   kl: KL
   entropy_coef: Scalar | None
@@ -257,7 +259,7 @@ def _check_positive(recipe: Recipe) -> None:
     'filter': ('max_rollouts',),
     'reference': ('every',),
     'evaluation': ('num_prompts', 'batch_size'),
-    'mesh': ('data', 'fsdp', 'tensor'),
+    'mesh': ('data', 'fsdp', 'expert', 'tensor'),
   }  # fmt: skip
   for least, blocks in ((0, zero_is_fine), (1, wanted)):
     for block, fields in blocks.items():

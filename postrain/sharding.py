@@ -1,5 +1,6 @@
 """The one place that knows meshes, rules and shardings."""
 
+from collections.abc import Callable
 import contextlib
 import math
 from typing import Any
@@ -13,8 +14,11 @@ import optax
 from postrain.types import Model, Params
 
 # Logical axis -> mesh axes. Logical names are all that models know.
+BATCH_AXES = ('data', 'fsdp', 'expert')
 RULES = (
-  ('batch', ('data', 'fsdp')),
+  ('batch', BATCH_AXES),
+  # Rows of the experts' layer: each of its devices meets the tokens of all.
+  ('tokens', ('data', 'fsdp')),
   ('time', None),
   ('layers', None),
   ('embed', None),
@@ -24,26 +28,31 @@ RULES = (
   ('kv_heads', 'tensor'),
   ('mlp', 'tensor'),
   ('head_dim', None),
+  ('experts', 'expert'),
 )
+AXES = ('data', 'fsdp', 'expert', 'tensor')
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """Make a mesh of the first data x fsdp x tensor devices.
+def make_mesh(
+  *, data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1
+) -> Mesh:
+  """Make a mesh of the first data x fsdp x expert x tensor devices.
 
   Raises:
     ValueError: there are fewer devices.
   """
-  needed, devices = data * fsdp * tensor, jax.devices()
+  sizes, devices = (data, fsdp, expert, tensor), jax.devices()
+  needed = math.prod(sizes)
   if needed > len(devices):
     raise ValueError(
-      f'mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {needed}'
-      f' devices, there are {len(devices)}: change config.mesh (on CPU,'
-      f' JAX_NUM_CPU_DEVICES={needed} makes virtual ones)'
+      f'mesh data={data} x fsdp={fsdp} x expert={expert} x tensor={tensor}'
+      f' needs {needed} devices, there are {len(devices)}: change config.mesh'
+      f' (on CPU, JAX_NUM_CPU_DEVICES={needed} makes virtual ones)'
     )
   return jax.make_mesh(
-    (data, fsdp, tensor),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
+    sizes,
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
     devices=devices[:needed],
   )
 
@@ -62,7 +71,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh) -> NamedSharding:
   """The leading axis cut over the devices that share a batch."""
-  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
@@ -71,12 +80,12 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
   Raises:
     ValueError: an axis does not divide (it would be replicated silently).
   """
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
   for leaf in jax.tree.leaves(tree):
     if leaf.shape[0] % parts:
       raise ValueError(
         f'{leaf.shape[0]} rows do not divide over {parts} devices'
-        ' (mesh.data x mesh.fsdp): change the mesh or the batch'
+        ' (mesh.data x mesh.fsdp x mesh.expert): change the mesh or the batch'
       )
   return jax.device_put(tree, rows(mesh))
 
@@ -87,14 +96,20 @@ def param_shardings(mesh: Mesh, model: Model) -> Params:
   if model.logical_axes is None:
     return jax.tree.map(lambda _: replicated(mesh), shapes)
 
+  return shardings(mesh, shapes, model.logical_axes())
+
+
+def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:
+  """The sharding of each array of a tree, from its logical axes."""
+
   def sharding(shape: Any, axes: tuple) -> NamedSharding:
     spec = logical_to_mesh_axes(axes, RULES)
     return NamedSharding(mesh, _fitting(mesh, shape.shape, spec))
 
-  return jax.tree.map(sharding, shapes, model.logical_axes())
+  return jax.tree.map(sharding, shapes, logical_axes)
 
 
-def _fitting(mesh: Mesh, shape: tuple, spec: Any) -> PartitionSpec:
+def _fitting(mesh: Any, shape: tuple, spec: Any) -> PartitionSpec:
   """Replicate the axes that the mesh does not divide or does not cut.
 
   In the form that compiled functions return, or their second call would be
@@ -112,6 +127,41 @@ def _fitting(mesh: Mesh, shape: tuple, spec: Any) -> PartitionSpec:
   while fitting and fitting[-1] is None:
     fitting.pop()
   return PartitionSpec(*fitting)
+
+
+def sum_over_shards(
+  fn: Callable[..., jax.Array],
+  arrays: tuple[jax.Array, ...],
+  axes: tuple[tuple[str | None, ...], ...],
+) -> jax.Array:
+  """Run a function on the parts of its arrays that lie on each device.
+
+  Its output lies as the first array does, and is summed over the devices that
+  cut another array only, as a product is over the axes that it contracts.
+  Outside of `on`, and on one device, this is a plain call.
+
+  Args:
+    fn: of the arrays; additive over the axes that its output lacks.
+    arrays: what it takes.
+    axes: logical axes of each array.
+
+  Returns:
+    The output, whole along the axes that were summed over.
+  """
+  mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+  if not rules or mesh.size == 1:
+    return fn(*arrays)
+  specs = tuple(
+    _fitting(mesh, array.shape, logical_to_mesh_axes(names, rules))
+    for array, names in zip(arrays, axes, strict=True)
+  )
+  cut = [set(jax.tree.leaves(tuple(spec))) for spec in specs]
+  summed = tuple(sorted(set().union(*cut) - cut[0]))
+  return jax.shard_map(
+    lambda *parts: jax.lax.psum(fn(*parts), summed),
+    in_specs=specs,
+    out_specs=specs[0],
+  )(*arrays)
 
 
 def opt_state_shardings(

@@ -4,11 +4,13 @@ Nothing is fetched. What a user wrote is never read as a special token: a
 prompt that spells ``<|assistant|>`` must not open a turn.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+import json
 import os
 import pathlib
-import re
 from typing import Any
+
+from postrain.chat import encode_chat as encode_chat
 
 __all__ = ['byte_level', 'check', 'load', 'train_bpe']
 
@@ -33,14 +35,17 @@ CHAT_TEMPLATE = (
 def load(directory: str | os.PathLike[str]) -> Any:
   """Load a fast tokenizer from a local directory in Hugging Face layout.
 
-  Never asks a hub: a name that is no directory is an error at once.
+  Never asks a hub, and runs no code of the directory: a name that is no
+  directory and a tokenizer with a class of its own are errors at once.
 
   Args:
-    directory: holds ``tokenizer.json``, and ``tokenizer_config.json`` with the
-      names of the special tokens.
+    directory: holds ``tokenizer.json``, which is read as it stands, or an older
+      layout (``vocab.json`` and ``merges.txt``, ``tokenizer.model``) with a
+      ``config.json`` or ``tokenizer_config.json`` that says of which model.
 
   Raises:
-    ValueError: there is no such directory, or no tokenizer in it.
+    ValueError: there is no such directory, no tokenizer in it that can be
+      read, or one that needs code.
   """
   path = pathlib.Path(directory)
   if not path.is_dir():
@@ -48,12 +53,30 @@ def load(directory: str | os.PathLike[str]) -> Any:
       f'tokenizer directory {str(path)!r} does not exist: download the model'
       ' first and pass its local directory, hub names are not resolved'
     )
-  if not (path / 'tokenizer.json').is_file():
+  layouts = ('tokenizer.json', 'vocab.json', 'tokenizer.model')
+  if not any((path / name).is_file() for name in layouts):
     raise ValueError(
       f'{str(path)!r} has no tokenizer.json: save a fast tokenizer there with'
       ' save_pretrained, or make one with byte_level or train_bpe'
     )
-  return _fast_class().from_pretrained(path, local_files_only=True)
+  _refuse_code(path)
+  try:
+    # The class of a model rebuilds what tokenizer.json says, not always alike.
+    whole = (path / 'tokenizer.json').is_file()
+    chosen = _fast_class() if whole else _auto_class()
+    loaded = chosen.from_pretrained(path, local_files_only=True)
+  except Exception as error:  # each layout has its own
+    raise ValueError(
+      f'the tokenizer in {str(path)!r} cannot be read ({error}): where the'
+      ' library of its layout (sentencepiece, tiktoken) is installed, load it'
+      ' and write tokenizer.json with save_pretrained'
+    ) from error
+  if not loaded.is_fast:
+    raise ValueError(
+      f'the tokenizer in {str(path)!r} is a {type(loaded).__name__}, which does'
+      ' not say where in a text its tokens are: save it as tokenizer.json'
+    )
+  return loaded
 
 
 def byte_level(*, special_tokens: Sequence[str] = ()) -> Any:
@@ -183,60 +206,6 @@ def encode_text(tokenizer: Any, text: str, *, start: bool = False) -> list[int]:
   return ids
 
 
-def encode_chat(
-  tokenizer: Any, messages: Sequence[Mapping[str, str]]
-) -> list[int]:
-  """Encode a conversation up to where the assistant speaks.
-
-  The ids are those of ``apply_chat_template``, unless a message spells a
-  special token: there the popular implementations let it forge a turn, and
-  here the message is encoded by itself, as mere text.
-
-  Args:
-    tokenizer: with a chat template.
-    messages: each with ``role`` and ``content``.
-
-  Raises:
-    ValueError: no chat template, no message, or one that is no text.
-  """
-  if not tokenizer.chat_template:
-    raise ValueError(
-      'the tokenizer has no chat template: set tokenizer.chat_template, or'
-      " encode the prompts with style='plain'"
-    )
-  messages = [dict(message) for message in messages]
-  contents = [message.get('content', '') for message in messages]
-  if not messages or not all(isinstance(m.get('role'), str) for m in messages):
-    raise ValueError(
-      f'messages={messages!r:.80}: expected at least one, each with a role and'
-      ' its content'
-    )
-  if not any(_spells_special(tokenizer, text) for text in contents):
-    return list(_render(tokenizer, messages, tokenize=True))
-  # Stand-ins of the private use area mark where each content lands.
-  for i, message in enumerate(messages):
-    message['content'] = f'\ue000{i}\ue001'
-  ids: list[int] = []
-  rendered = _render(tokenizer, messages, tokenize=False)
-  for i, part in enumerate(re.split('\ue000([0-9]+)\ue001', rendered)):
-    if i % 2:
-      ids += encode_text(tokenizer, contents[int(part)])
-    else:
-      ids += tokenizer(part, add_special_tokens=False)['input_ids']
-  return ids
-
-
-def _render(tokenizer: Any, messages: list[dict], *, tokenize: bool) -> Any:
-  return tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
-  )
-
-
-def _spells_special(tokenizer: Any, text: str) -> bool:
-  tokens = tokenizer.added_tokens_decoder.values()
-  return any(token.special and token.content in text for token in tokens)
-
-
 def _special_tokens(further: Sequence[str]) -> tuple[str, ...]:
   tokens = (*SPECIAL_TOKENS, *further)
   if len(set(tokens)) < len(tokens) or not all(tokens):
@@ -263,6 +232,30 @@ def _wrapped(backend: Any, specials: Sequence[str]) -> Any:
     chat_template=CHAT_TEMPLATE,
     clean_up_tokenization_spaces=False,
   )
+
+
+def _refuse_code(path: pathlib.Path) -> None:
+  """Refuse a directory whose tokenizer is a class in a file beside it."""
+  for name in ('tokenizer_config.json', 'config.json'):
+    file = path / name
+    try:
+      written = json.loads(file.read_text('utf-8')) if file.is_file() else {}
+    except ValueError as error:
+      raise ValueError(f'{str(file)!r} is no JSON ({error})') from error
+    classes = written.get('auto_map') or {}
+    # An old form is the list of the tokenizer's classes alone.
+    if isinstance(classes, list) or 'AutoTokenizer' in classes:
+      raise ValueError(
+        f'{str(file)!r} names a class of its own, auto_map={classes!r}: no code'
+        ' of a download is run; take a directory with tokenizer.json alone'
+      )
+
+
+def _auto_class() -> Any:
+  _fast_class()
+  from transformers import AutoTokenizer
+
+  return AutoTokenizer
 
 
 def _fast_class() -> type:

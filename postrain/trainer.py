@@ -86,6 +86,7 @@ class Trainer:
   def _jit_functions(self) -> None:
     algorithm = self.algorithm
     self._sample = jax.jit(algorithm.sample)
+    self._greedy = algorithm.greedy and jax.jit(algorithm.greedy)
     self._prepare = jax.jit(algorithm.prepare)
     self._update = jax.jit(algorithm.update, donate_argnums=0)
     self._imitate = jax.jit(algorithm.imitate, donate_argnums=0)
@@ -187,6 +188,7 @@ class Trainer:
     timer = report.timer
     prompts, samples, rewards, share = self._rollout(state, iteration, timer)
     total = weighted_sum(rewards, self.environment.weights)
+    signals = self._signals(state, prompts, rewards)
     with timer.span('score'):
       put = functools.partial(sharding.put_rows, self.mesh)
       batch, figures, columns = self._prepare(
@@ -195,6 +197,7 @@ class Trainer:
         *put((prompts.tokens, prompts.mask)),
         put(samples),
         put(total.reshape(len(prompts.tokens), -1)),
+        put(signals),
       )
       figures, columns = jax.device_get((figures, columns))
     with timer.span('update'):
@@ -242,6 +245,25 @@ class Trainer:
     )
     return *chosen, float(informative.mean())
 
+  def _signals(
+    self, state: TrainState, prompts: Prompts, rewards: dict[str, np.ndarray]
+  ) -> dict[str, np.ndarray]:
+    """What an advantage may ask for beside the sum of the rewards."""
+    parts = np.stack([*rewards.values()], axis=-1).astype(np.float32)
+    shape = (len(prompts.tokens), -1, len(rewards))
+    signals = {'reward_parts': parts.reshape(shape)}
+    if self._greedy is not None:
+      samples = self._greedy(
+        state.params,
+        *sharding.put_rows(self.mesh, (prompts.tokens, prompts.mask)),
+        run_key(self.recipe.seed, 'sample'),  # unused: nothing is drawn
+        jnp.arange(len(prompts.tokens)),
+      )
+      graded = self.environment.rewards(prompts, jax.device_get(samples))
+      check_rewards(graded, len(prompts.tokens))
+      signals['baselines'] = weighted_sum(graded, self.environment.weights)
+    return signals
+
   def _optimise(
     self, state: TrainState, batch: Any, iteration: int
   ) -> tuple[TrainState, dict[str, float]]:
@@ -254,7 +276,8 @@ class Trainer:
         unit_size=batch.unit_size,
       )
       for rows in minibatches:
-        state, figures = self._update(state, batch, rows)
+        key = run_key(self.recipe.seed, 'selection', state.step)
+        state, figures = self._update(state, batch, rows, key)
         typed.append(figures)
     if state.ref_params is not None:
       reference = self._move_reference(

@@ -59,6 +59,20 @@ def divergence(policy, ref):
   return jnp.sum(probabilities(policy) * delta)
 
 
+def tilted(ref, rewards, beta):
+  """π* ∝ ref e^(r / β) of all sequences, and log Z."""
+  scores = jnp.log(probabilities(ref)) + rewards / beta
+  return jax.nn.softmax(scores), jax.nn.logsumexp(scores)
+
+
+def of_probabilities(chance):
+  """The policy under which the sequences have these probabilities."""
+  return [
+    jnp.log(jnp.sum(chance.reshape(VOCAB**t, VOCAB, -1), axis=-1))
+    for t in range(LENGTH)
+  ]
+
+
 def gap(tree, other) -> float:
   """Largest absolute difference."""
   pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)

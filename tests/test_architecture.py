@@ -21,16 +21,18 @@ LAYERS = (
     *('logprobs', 'losses', 'masks', 'shaping'),
   },
   {
-    *('batches', 'models', 'objectives', 'optimizers', 'sampling', 'scoring'),
-    *('sharding', 'tasks', 'train_step', 'types'),
+    *('batches', 'couplings', 'models', 'objectives', 'optimizers'),
+    *('sampling', 'scoring', 'sharding', 'tasks', 'train_step', 'types'),
   },
   {
-    *('checkpoints', 'console', 'data', 'evaluation', 'hub', 'metrics'),
-    *('reporting', 'rewards', 'rollouts', 'sandbox', 'tokenizers', 'workdir'),
+    *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
+    *('metrics', 'reporting', 'rewards', 'rollouts', 'sandbox', 'thinking'),
+    *('tokenizers', 'workdir'),
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
-    *('environments', 'evaluator', 'recipe', 'states', 'trainer'),
+    *('environments', 'evaluator', 'exam', 'policies', 'preparation'),
+    *('recipe', 'states', 'streaming', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}

@@ -32,6 +32,7 @@ NEEDED = {
   'length': 8,
   'max_length': 16,
   'negative_coef': 0.1,
+  'num_experts': 4,
   'num_sequences': 8,
   'outcome_weight': 0.5,
   'positive_coef': 0.1,

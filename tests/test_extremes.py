@@ -21,7 +21,7 @@ from postrain import losses
 SHAPES = [(1, 1), (1, 7), (2, 1), (2, 2), (3, 5), (4, 8), (5, 3), (8, 16)]
 CONTENTS = 25
 MASKS = ('random', 'full', 'empty', 'empty rows', 'single tokens')
-REQUIRED = {'kl_coef': 0.1}
+REQUIRED = {'kl_coef': 0.1, 'num_experts': 6}
 # The default number of candidates is for real vocabularies.
 OPTIONS = {'top_candidates': {'k': 2}}
 # "p = 1 is infinitely far from q < 1": the metric says so, the loss is finite.
@@ -73,9 +73,11 @@ RULES = {
   **dict.fromkeys(['values', 'old_values', 'returns'], signed),
   **dict.fromkeys(['scores', 'rewards'], signed),
   **dict.fromkeys(['forward', 'backward', 'preference', 'labels'], share),
-  **dict.fromkeys(['logits', 'teacher_logits'], logit),
+  **dict.fromkeys(['logits', 'teacher_logits', 'router_logits'], logit),
   **dict.fromkeys(['chosen_lengths', 'rejected_lengths', 'ranks'], count),
-  **dict.fromkeys(['selected', 'desirable'], flag),
+  'experts': count,
+  'shares': share,
+  **dict.fromkeys(['selected', 'desirable', 'where'], flag),
   'advantages': advantage,
   'margins': share,
   'reference_point': step,
@@ -99,6 +101,9 @@ def dimensions(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
     '*n': (rows,),
     '*n V': (rows, length, 2 * length + 1),
     'B S M': (rows, length, 3),
+    'B T E': (rows, length, 6),
+    'B T K': (rows, length, 2),
+    'E': (6,),
     '': (),
   }
 
@@ -140,7 +145,7 @@ def variants(name: str, fn) -> dict[str, dict]:
 
 def key_of(name: str, argument: str, shape: str) -> str:
   """One array for all losses that mean the same by it."""
-  if argument in ('mask', 'where'):
+  if argument in ('mask', 'where') and shape != 'N':
     return 'mask'
   rule = (name, argument)
   return '/'.join([*rule, shape] if rule in OWN_RULES else [argument, shape])

@@ -91,7 +91,7 @@ def test_m47_k2_tends_to_the_kl_near_the_reference():
   assert gaps[1] < 0.2 * gaps[0] < 0.02
 
 
-def test_m48_k3_is_nonnegative_and_varies_less_near_the_reference():
+def test_m46_m48_k3_is_nonnegative_and_varies_less_near_the_reference():
   z, _ = state()
   logp = jax.nn.log_softmax(z)
   ref = jax.nn.log_softmax(z + 0.05 * jnp.asarray([1.0, -1.0, 0.5, 0.0]))

@@ -170,7 +170,7 @@ def test_m30_grpo_on_policy_value_is_zero_and_gradient_is_not():
   np.testing.assert_allclose(gradient, -a / 12, rtol=1e-12)
 
 
-def test_m22_dpo_at_the_reference():
+def test_m22_dpo_is_log2_at_reference():
   x = jnp.asarray([-3.0, -9.0])
   y = jnp.asarray([-4.0, -2.0])
   values, metrics = losses.dpo(x, y, x, y)

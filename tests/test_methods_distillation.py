@@ -160,12 +160,14 @@ def test_m53_jensen_shannon_conventions():
   np.testing.assert_allclose(jsd(0.3), jsd(0.7, teacher, z), rtol=1e-12)
   assert np.all(jsd(0.5) < np.log(2))
   # A weight may be annealed through both ends.
-  betas = jnp.asarray([0.0, 0.3, 1.0])
-  slopes = jax.vmap(
-    lambda b: gradient(losses.generalized_jsd, z, teacher, beta=b)
-  )(betas)
-  for slope, beta in zip(slopes, (0.0, 0.3, 1.0), strict=True):
-    alone = gradient(losses.generalized_jsd, z, teacher, beta=beta)
+  betas = (0.0, 0.3, 1.0)
+
+  def slope_at(beta):
+    return gradient(losses.generalized_jsd, z, teacher, beta=beta)
+
+  slopes = jax.jit(jax.vmap(slope_at))(jnp.asarray(betas))
+  for slope, beta in zip(slopes, betas, strict=True):
+    alone = slope_at(beta)
     np.testing.assert_allclose(slope, alone, atol=1e-14)
 
 
@@ -173,7 +175,7 @@ def test_m53_top_candidates_bound_the_divergence_from_below():
   z, teacher = draws(4, 9), draws(4, 9, seed=1)
   for fn in (losses.forward_kl, losses.reverse_kl):
     full = fn(z, teacher)
-    coarse = [fn(*losses.top_candidates(z, teacher, k=k)) for k in range(1, 9)]
+    coarse = [fn(*losses.top_candidates(z, teacher, k=k)) for k in (1, 2, 5, 8)]
     for a, b in zip(coarse, [*coarse[1:], full], strict=True):
       assert np.all(a <= b + 1e-12)
     # One candidate and the rest, when all but the last are kept, is everything.

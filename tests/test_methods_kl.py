@@ -123,7 +123,7 @@ def test_m49_table_of_placements():
   """Which of them have the gradient of the divergence of sequences."""
   policy, ref = tabular.random_policy(0), tabular.random_policy(1)
   truth = jax.grad(tabular.divergence)(policy, ref)
-  table = placement_table(policy, ref)
+  table = jax.jit(placement_table)(policy, ref)
   found = {k for k, g in table.items() if tabular.gap(g, truth) < 1e-12}
   assert found == {
     ('k1', 'reward', 'reward-to-go'),
@@ -155,16 +155,10 @@ def regularized(policy, ref, rewards, beta):
   return gain - beta * tabular.divergence(policy, ref)
 
 
-def tilted(ref, rewards, beta):
-  """π* of all sequences, and log Z."""
-  scores = jnp.log(tabular.probabilities(ref)) + rewards / beta
-  return jax.nn.softmax(scores), jax.nn.logsumexp(scores)
-
-
 def test_m13_value_of_any_policy():
   """J(π) = β log Z − β KL(π‖π*)."""
   ref, rewards, beta = tabular.random_policy(1), tabular.rewards(), 0.7
-  best, log_z = tilted(ref, rewards, beta)
+  best, log_z = tabular.tilted(ref, rewards, beta)
   for seed in (2, 3):
     policy = tabular.random_policy(seed)
     probs = tabular.probabilities(policy)
@@ -174,6 +168,29 @@ def test_m13_value_of_any_policy():
       beta * log_z - beta * divergence,
       rtol=1e-12,
     )
+
+
+def test_m13_the_optimum_has_the_optimal_value_and_no_slope():
+  ref, rewards, beta = tabular.random_policy(1), tabular.rewards(), 0.7
+  best, log_z = tabular.tilted(ref, rewards, beta)
+  value, slope = jax.value_and_grad(regularized)(
+    tabular.of_probabilities(best), ref, rewards, beta
+  )
+  np.testing.assert_allclose(value, beta * log_z, rtol=1e-12)
+  assert tabular.gap(slope, jax.tree.map(jnp.zeros_like, slope)) < 1e-14
+
+
+def test_m16_a_dear_divergence_keeps_the_policy_at_the_reference():
+  """The optimum is as far as the rewards are spread over β."""
+  ref, rewards = tabular.random_policy(1), tabular.rewards()
+  chance = tabular.probabilities(ref)
+  far = [
+    beta * jnp.max(jnp.abs(tabular.tilted(ref, rewards, beta)[0] - chance))
+    for beta in (1e3, 1e6)
+  ]
+  centred = rewards - jnp.sum(chance * rewards)
+  limit = jnp.max(jnp.abs(chance * centred))
+  np.testing.assert_allclose(far, limit, rtol=2e-3)
 
 
 @functools.partial(jax.jit, static_argnames='placement')
@@ -218,11 +235,12 @@ def ascend(ref, rewards, beta, placement):
 def test_m13_m49_only_exact_placements_reach_the_optimum(placement, exact):
   ref, rewards, beta = tabular.random_policy(1), tabular.rewards(), 0.7
   policy = ascend(ref, rewards, beta, placement)
-  best, log_z = tilted(ref, rewards, beta)
+  best, log_z = tabular.tilted(ref, rewards, beta)
   missed = beta * log_z - regularized(policy, ref, rewards, beta)
   assert float(missed) > -1e-12
   if exact:
     np.testing.assert_allclose(tabular.probabilities(policy), best, atol=1e-6)
+    assert missed < 1e-10
   else:
     assert tabular.gap(tabular.probabilities(policy), best) > 1e-2
 
@@ -239,7 +257,7 @@ def test_m14_shaped_rewards_sum_to_reward_less_penalty():
   np.testing.assert_allclose(found[0], [0, -0.1, -0.2, 0, 1.6, 0])
 
 
-def test_m14_reward_is_kept_where_reference_and_policy_agree():
+def test_m14_m16_reward_is_kept_where_reference_and_policy_agree():
   mask = jnp.asarray([[True, True, False]])
   zero = jnp.zeros((1, 3))
   found = shaping.kl_shaped(jnp.ones(1), kl.k1(zero, zero, mask), mask)
@@ -295,11 +313,12 @@ def test_m15_a_step_that_could_change_the_sign_is_refused():
     )
 
 
-def test_m48_k3_is_zero_at_the_reference_alone():
+def test_m47_m48_values_are_positive_but_at_the_reference():
   d = jnp.linspace(-19, 19, 77)
-  values = np.asarray(kl.k3(d, jnp.zeros_like(d)))
-  assert np.all(values[np.asarray(d) != 0] > 0)
-  assert kl.k3(jnp.zeros(1), jnp.zeros(1)) == 0
+  for fn in (kl.k2, kl.k3):
+    values = np.asarray(fn(d, jnp.zeros_like(d)))
+    assert np.all(values[np.asarray(d) != 0] > 0)
+    assert fn(jnp.zeros(1), jnp.zeros(1)) == 0
 
 
 def test_m48_k3_varies_more_far_from_the_reference():
@@ -314,28 +333,27 @@ def test_m48_k3_varies_more_far_from_the_reference():
   assert spread[kl.k3] > 10 * spread[kl.k1]
 
 
-def test_m50_stopping_the_ratio_loses_the_correction():
-  policy, ref = tabular.random_policy(0), tabular.random_policy(1)
+def test_m50_off_policy_k3_wants_the_slope_of_the_ratio_and_k2_does_not():
+  """E over another policy of the gradients, at one state."""
+  z, ref_z, old_z = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)))
+  ref, old = (jax.nn.log_softmax(x) for x in (ref_z, old_z))
+  stop = jax.lax.stop_gradient
 
-  def stopped(x, ref):
-    ratio = jax.lax.stop_gradient(jnp.exp(x - jax.lax.stop_gradient(x)))
-    return ratio * kl.k3(x, ref)
+  def expected(estimator, *, stopped):
+    def loss(z):
+      logp = jax.nn.log_softmax(z)
+      own = stop(logp) if stopped else logp
+      weighted = kl.importance_weighted(estimator(logp, ref), own, old)
+      return jnp.sum(jnp.exp(old) * weighted)
 
-  forward = as_loss(kl.k3, 'token', policy, ref)
-  assert tabular.gap(as_loss(stopped, 'token', policy, ref), forward) < 1e-12
-  right = as_loss(weighted_k3, 'token', policy, ref)
-  assert tabular.gap(right, forward) > 1e-2
+    return jax.grad(loss)(z)
 
-
-def test_m50_k2_wants_the_ratio_stopped():
-  policy, ref = tabular.random_policy(0), tabular.random_policy(1)
-
-  def weighted_k2(x, ref):
-    return kl.importance_weighted(kl.k2(x, ref), x, jax.lax.stop_gradient(x))
-
-  per_state = as_loss(kl.k2, 'token', policy, ref)
-  found = as_loss(weighted_k2, 'token', policy, ref)
-  assert tabular.gap(found, per_state) > 1e-2
+  truth = jax.grad(kl.exact)(z, ref_z)
+  forward = jax.nn.softmax(z) - jnp.exp(ref)
+  np.testing.assert_allclose(expected(kl.k3, stopped=False), truth, atol=1e-14)
+  np.testing.assert_allclose(expected(kl.k2, stopped=True), truth, atol=1e-14)
+  np.testing.assert_allclose(expected(kl.k3, stopped=True), forward, atol=1e-14)
+  assert tabular.gap(expected(kl.k2, stopped=False), truth) > 1e-2
 
 
 def test_m51_straight_through_has_the_value_of_one_and_gradient_of_another():

@@ -56,27 +56,23 @@ def test_m01_uniform_model_pays_log_v():
   np.testing.assert_allclose(loss, np.log(5), rtol=1e-15)
 
 
-def test_m01_true_model_of_a_markov_source_pays_its_entropy_rate():
-  transition = np.array([[0.5, 0.5, 0.0], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]])
-  powers, stationary = np.linalg.matrix_power(transition, 200), None
-  stationary = powers[0]
-  rate = sum(
-    -stationary[i] * p * np.log(p)
-    for i in range(3)
-    for p in transition[i]
-    if p > 0
-  )
-  steps = list(itertools.product(range(3), range(3)))
-  chance = np.array([stationary[i] * transition[i, j] for i, j in steps])
-  logits = jnp.asarray(np.log(np.maximum(transition, 1e-300)))
-  logp = logprobs.token_logprobs(
-    logits[np.array([i for i, _ in steps])], jnp.asarray([j for _, j in steps])
-  )
-  mask = jnp.asarray(chance > 0)[:, None]
-  values, _ = losses.negative_log_likelihood(logp[:, None], mask)
-  np.testing.assert_allclose(
-    chance @ np.asarray(values[:, 0]), rate, rtol=1e-12
-  )
+def test_m01_the_least_loss_on_a_markov_source_is_its_entropy_rate():
+  """At its true model, where the convex loss has no slope."""
+  transition = np.array([[0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]])
+  stationary = np.linalg.matrix_power(transition, 200)[0]
+  rate = -stationary @ np.sum(transition * np.log(transition), axis=1)
+  last, token = map(np.ravel, np.indices((3, 3)))
+  chance = jnp.asarray(stationary[last] * transition[last, token])
+  mask = jnp.ones((9, 1), bool)
+
+  def loss(table):
+    logp = logprobs.token_logprobs(table[last], jnp.asarray(token))
+    values, _ = losses.negative_log_likelihood(logp[:, None], mask)
+    return chance @ values[:, 0]
+
+  value, slope = jax.value_and_grad(loss)(jnp.log(jnp.asarray(transition)))
+  np.testing.assert_allclose(value, rate, rtol=1e-12)
+  np.testing.assert_allclose(slope, 0, atol=1e-15)
 
 
 def test_m02_supervision_is_reinforce_with_reward_one_on_the_data():
@@ -338,17 +334,27 @@ def test_m25_equal_averages_pay_log_two():
   np.testing.assert_allclose(values, 1 + 0.1 * np.log(2), rtol=1e-14)
 
 
-def test_m26_simpo_sees_averages_alone():
+def test_m26_equal_averages_pay_for_the_target():
   args = [jnp.asarray([-6.0]), jnp.asarray([-2.0])]
   lengths = [jnp.asarray([6]), jnp.asarray([2])]
   values, _ = losses.simpo(*args, *lengths, beta=2.5, gamma=0.7)
   np.testing.assert_allclose(values, np.log1p(np.exp(0.7)), rtol=1e-14)
-  repeated = [2 * a for a in args], [2 * n for n in lengths]
-  again, _ = losses.simpo(*repeated[0], *repeated[1], beta=2.5, gamma=0.7)
-  np.testing.assert_allclose(values, again, rtol=1e-14)
-  zeros = [jnp.zeros(1)] * 2
-  once, twice = (losses.dpo(*a, *zeros)[0] for a in (args, repeated[0]))
-  assert abs(once - twice) > 1e-2
+
+
+def test_m26_every_token_twice_changes_dpo_and_not_simpo():
+  won, lost = jnp.asarray([[-0.5, -1.0, -0.1]]), jnp.asarray([[-0.2, -2.0]])
+
+  def both(won, lost):
+    sums = [jnp.sum(x, axis=1) for x in (won, lost)]
+    lengths = [jnp.asarray([x.shape[1]]) for x in (won, lost)]
+    zeros = [jnp.zeros(1)] * 2
+    return losses.simpo(*sums, *lengths)[0], losses.dpo(*sums, *zeros)[0]
+
+  simpo, dpo = both(won, lost)
+  twice = (jnp.repeat(x, 2, axis=1) for x in (won, lost))
+  simpo_twice, dpo_twice = both(*twice)
+  np.testing.assert_allclose(simpo_twice, simpo, rtol=1e-14)
+  assert abs(dpo_twice - dpo) > 1e-2
 
 
 def test_m26_cpo_is_dpo_with_a_uniform_reference_and_likelihood():
@@ -381,6 +387,21 @@ def test_m27_online_gradient_at_the_reference():
   tilt = chance.sum(axis=1) - chance.sum(axis=0)
   expected = jax.grad(lambda q: -0.05 * jnp.sum(tilt * sequences(q)))(policy)
   assert tabular.gap(found, expected) < 1e-14
+
+
+def test_m27_online_and_offline_pairs_share_their_optimum():
+  """π* ∝ π_ref e^{r/β}, whoever wrote the pairs that BT labels."""
+  ref, rewards, beta = tabular.random_policy(4), tabular.rewards(), 0.5
+  best, _ = tabular.tilted(ref, rewards, beta)
+  optimum = tabular.of_probabilities(best)
+  right = sigma(np.asarray(rewards)[:, None] - np.asarray(rewards)[None])
+  offline = np.asarray(tabular.probabilities(tabular.random_policy(5)))
+  for p in (np.asarray(best), offline):
+    chance = np.outer(p, p) * 2 * right
+    rest = population_gradient(optimum, ref, chance, beta=beta)
+    moving = population_gradient(ref, ref, chance, beta=beta)
+    assert max(float(jnp.max(jnp.abs(g))) for g in rest) < 1e-14
+    assert max(float(jnp.max(jnp.abs(g))) for g in moving) > 1e-2
 
 
 def test_m28_spin_rests_once_the_policy_is_the_data():

@@ -46,18 +46,43 @@ def test_m10_bradley_terry_sees_differences_alone():
   np.testing.assert_allclose(tie, np.log(2), rtol=1e-15)
 
 
+def test_m10_identical_texts_pay_log_two_and_teach_nothing():
+  """One text has one score: the two gradients of its parameters cancel."""
+  features = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)))
+
+  def loss(w):
+    scores = features @ w
+    return jnp.sum(losses.bradley_terry(scores, scores)[0])
+
+  value, gradient = jax.value_and_grad(loss)(jnp.arange(4.0))
+  np.testing.assert_allclose(value, 3 * np.log(2), rtol=1e-15)
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_m10_a_tie_is_the_average_of_both_orders():
+  a, b = jnp.asarray([1.0, -2.0]), jnp.asarray([-0.5, 4.0])
+  orders = [losses.bradley_terry(*pair)[0] for pair in ((a, b), (b, a))]
+  tie, _ = losses.soft_preference(a, b, jnp.full(2, 0.5, float))
+  np.testing.assert_allclose(tie, sum(orders) / 2, rtol=1e-13)
+
+
 def test_m10_labels_of_an_oracle_recover_its_reward_up_to_a_shift():
-  truth = jnp.asarray([0.5, -1.0, 2.0, 0.1])
+  """One shift for each prompt, and no other minimiser: the loss is convex."""
+  truth = jnp.asarray([[0.5, -1.0, 2.0, 0.1], [0.0, 0.7, -3.0, 1.0]])
   won, lost = map(np.ravel, np.indices((4, 4)))
-  chance = sigma(np.asarray(truth)[won] - np.asarray(truth)[lost])
+  chance = jax.nn.sigmoid(truth[:, won] - truth[:, lost])
 
   def loss(scores):
-    return jnp.sum(chance * losses.bradley_terry(scores[won], scores[lost])[0])
+    pairs = (jnp.ravel(scores[:, i]) for i in (won, lost))
+    return jnp.sum(jnp.ravel(chance) * losses.bradley_terry(*pairs)[0])
 
-  for shift in (0.0, 3.0):
-    gradient = jax.grad(loss)(truth + shift)
+  for shifts in ([0.0, 0.0], [3.0, -7.0]):
+    gradient = jax.grad(loss)(truth + jnp.asarray(shifts)[:, None])
     np.testing.assert_allclose(gradient, 0, atol=1e-14)
-  assert jnp.max(jnp.abs(jax.grad(loss)(1.2 * truth))) > 1e-2
+  hessian = jax.jit(jax.hessian(loss))(truth)
+  curvature = np.linalg.eigvalsh(hessian.reshape(8, 8))
+  np.testing.assert_allclose(curvature[:2], 0, atol=1e-14)  # the shifts
+  assert curvature[2] > 1e-2
 
 
 def test_m10_margins_and_centering():
@@ -108,11 +133,24 @@ def test_m12_order_of_responses_does_not_matter(loss):
 
 
 def test_m12_a_prompt_weighs_one_whatever_its_responses():
-  for k in range(2, 10):
+  for k in (2, 4, 9):
     values, _ = losses.ranked_pairs(jnp.zeros((1, k)), jnp.arange(k)[None])
     np.testing.assert_allclose(values, np.log(2), rtol=1e-14)
   ties, _ = losses.ranked_pairs(row(1.0, 2.0, 3.0), jnp.zeros((1, 3), int))
   np.testing.assert_array_equal(ties, 0)
+
+
+def test_m12_the_matrix_of_differences_is_a_loop_over_pairs():
+  """Of each prompt the mean over its pairs; ties are none."""
+  scores, ranks = [0.3, 1.1, -0.4, 2.0, 0.9], [2, 0, 3, 0, 1]
+  pairs = [
+    losses.bradley_terry(row(scores[i])[0], row(scores[j])[0])[0]
+    for i, j in itertools.permutations(range(5), 2)
+    if ranks[i] < ranks[j]
+  ]
+  assert len(pairs) == math.comb(5, 2) - 1
+  found, _ = losses.ranked_pairs(row(*scores), jnp.asarray([ranks]))
+  np.testing.assert_allclose(found, np.mean(pairs), rtol=1e-13)
 
 
 def test_m12_plackett_luce_is_a_distribution_over_rankings():
@@ -193,6 +231,18 @@ def test_m61_soft_labels_tend_to_the_chance_of_success():
   assert np.all(np.abs(labels - chance) <= spread)
   hard = losses.monte_carlo_labels(jnp.asarray(correct[None], float), hard=True)
   np.testing.assert_array_equal(hard[0], chance > 0)
+
+
+@pytest.mark.parametrize('count', [1, 3, 8])
+def test_m61_expected_labels_of_a_prefix_by_enumeration(count):
+  """E soft = p; hard asks for one success, 1 − (1 − p)^n, and so grows."""
+  ends = np.array(list(itertools.product([0.0, 1.0], repeat=count)))
+  for p in (0.1, 0.6):
+    chance = np.prod(np.where(ends > 0, p, 1 - p), axis=1)
+    expected = {False: p, True: 1 - (1 - p) ** count}
+    for hard, label in expected.items():
+      found = losses.monte_carlo_labels(jnp.asarray(ends[None]), hard=hard)
+      np.testing.assert_allclose(chance @ found[0], label, rtol=1e-12)
 
 
 def test_m61_what_follows_an_error_is_not_trained():

@@ -164,7 +164,7 @@ BATTERY = [
 
 
 @pytest.mark.parametrize(('extract', 'text', 'answer', 'reward'), BATTERY)
-def test_accuracy_agrees_with_a_teacher(extract, text, answer, reward):
+def test_m58_accuracy_agrees_with_a_teacher(extract, text, answer, reward):
   assert graded(rewards.accuracy, text, answer=answer, extract=extract) == [
     reward
   ]
@@ -212,7 +212,7 @@ def test_accuracy_refuses_a_broken_reference(example, message):
     '\x00\ud800#### \udfff',
   ],
 )
-def test_hostile_text_earns_nothing_and_ends(text, extract):
+def test_m58_hostile_text_earns_nothing_and_ends(text, extract):
   assert graded(rewards.accuracy, text, answer='1', extract=extract) == [0]
   assert graded(rewards.answer_format, text) == [0]
   assert graded(rewards.format_tags, text) == [0]
@@ -228,7 +228,7 @@ def test_answer_format_wants_one_marker_and_a_number_at_the_end():
   assert graded(rewards.answer_format, *bad) == [0] * len(bad)
 
 
-def test_format_tags_stand_once_and_in_order():
+def test_m59_format_tags_stand_once_and_in_order():
   good = [
     '<think>a</think><answer>b</answer>',
     ' <think>\na\n</think>\n\n<answer>b\n</answer>\n',
@@ -355,12 +355,13 @@ def test_an_animal_story_ends_by_itself_names_and_is_long_enough():
 
 def test_every_reward_ignores_the_batch_around_a_row():
   needed = {
+    'choice': {'field': 'letter'},
     'contains': {'text': '4'},
     'mentions_any': {'words': ('42',)},
     'length_penalty': {'max_length': 8, 'window': 4},
   }
   rows = [completion('#### 42', 3), completion('a dog named Max', 7, True)]
-  examples = [{'answer': '42'}, {'answer': '1'}]
+  examples = [{'answer': '42', 'letter': 'B'}, {'answer': '1', 'letter': 'C'}]
   for name in rewards.__all__:
     fn = functools.partial(getattr(rewards, name), **needed.get(name, {}))
     kinds = {p.kind.name for p in inspect.signature(fn).parameters.values()}

@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, and text that stays text."""
 
+import json
 import os
 import pathlib
 import unicodedata
@@ -7,9 +8,9 @@ import unicodedata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
-from tokenizers import processors
+from tokenizers import pre_tokenizers, processors
 
-from postrain import tokenizers
+from postrain import chat, tokenizers
 
 DATA = os.environ.get('POSTRAIN_DATA')
 TEXTS = [
@@ -211,6 +212,88 @@ def test_load_asks_no_hub(tmp_path):
     tokenizers.load('gpt2')
   with pytest.raises(ValueError, match=r'has no tokenizer\.json: save'):
     tokenizers.load(tmp_path)
+
+
+def written(directory, **files):
+  for name, content in files.items():
+    file = directory / name.replace('__', '.')
+    file.write_text(
+      content if isinstance(content, str) else json.dumps(content), 'utf-8'
+    )
+  return directory
+
+
+CLASS = {'AutoTokenizer': ['mine.Tokenizer', None]}
+READABLE = json.loads(MADE['bytes'].backend_tokenizer.to_str())
+
+
+@pytest.mark.parametrize(
+  ('files', 'match'),
+  [
+    (
+      {'tokenizer_config__json': {'auto_map': CLASS}},
+      r'tokenizer_config\.json.* names a class.*mine\.Tokenizer',
+    ),
+    (
+      {'tokenizer_config__json': {'auto_map': ['mine.Tokenizer', None]}},
+      'no code of a download is run',
+    ),
+    ({'config__json': {'auto_map': CLASS}}, r'config\.json.*names a class'),
+    ({'config__json': '{'}, r'config\.json.*is no JSON'),
+    ({'tokenizer__json': '{}'}, 'cannot be read.*save_pretrained'),
+  ],
+)
+def test_load_runs_no_code_and_names_what_is_broken(tmp_path, files, match):
+  with pytest.raises(ValueError, match=match):
+    tokenizers.load(written(tmp_path, **{'tokenizer__json': READABLE, **files}))
+
+
+def test_load_takes_a_model_with_a_class_of_its_own(tmp_path):
+  config = {'auto_map': {'AutoModelForCausalLM': 'mine.Model'}}
+  directory = written(tmp_path, config__json=config, tokenizer__json=READABLE)
+  assert tokenizers.load(directory).get_vocab() == MADE['bytes'].get_vocab()
+
+
+def test_load_reads_an_older_layout(tmp_path):
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  vocabulary = ['<|endoftext|>', *sorted(alphabet), 'he', 'll', 'hell']
+  directory = written(
+    tmp_path,
+    vocab__json={token: i for i, token in enumerate(vocabulary)},
+    merges__txt='#version: 0.2\nh e\nl l\nhe ll\n',
+    tokenizer_config__json={'tokenizer_class': 'GPT2Tokenizer'},
+  )
+  loaded = tokenizers.load(directory)
+  ids = tokenizers.encode_text(loaded, 'hell ö<|endoftext|>')
+  assert ids[0] == len(vocabulary) - 1
+  assert loaded.eos_token_id not in ids
+  assert loaded.decode(ids) == 'hell ö<|endoftext|>'
+  (directory / 'merges.txt').unlink()
+  with pytest.raises(ValueError, match=r'cannot be read.*save_pretrained'):
+    tokenizers.load(directory)
+
+
+@pytest.mark.parametrize('layout', ['config', 'file', 'list'])
+def test_load_finds_the_chat_template(tmp_path, layout):
+  text, other = '{{ messages[0].content }}!', '{{ tools }}'
+  named = [
+    {'name': 'default', 'template': text},
+    {'name': 'tool_use', 'template': other},
+  ]
+  files = {
+    'config': {'tokenizer_config__json': {'chat_template': text}},
+    'file': {'chat_template__jinja': text},
+    'list': {'tokenizer_config__json': {'chat_template': named}},
+  }
+  loaded = tokenizers.load(
+    written(tmp_path, tokenizer__json=READABLE, **files[layout])
+  )
+  messages = [{'role': 'user', 'content': 'x'}]
+  assert loaded.decode(tokenizers.encode_chat(loaded, messages)) == 'x!'
+  if layout == 'list':
+    assert loaded.decode(
+      chat.encode_chat(loaded, messages, tools=[{'a': 1}])
+    ) == "[{'a': 1}]"  # fmt: skip
 
 
 def test_a_sequence_starts_but_does_not_end():

@@ -194,7 +194,7 @@ def test_micro_batches_must_divide_the_rows():
     step(fresh(), {}, minibatch())
 
 
-def test_the_reference_stays_as_it_is():
+def test_m16_the_reference_stays_as_it_is():
   reference = {'table': jnp.ones((VOCAB, VOCAB))}
   state = dataclasses.replace(fresh(), ref_params=reference)
   after, _ = make_train_step(OBJECTIVE, ADAM)(state, {}, minibatch())

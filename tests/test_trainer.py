@@ -353,7 +353,7 @@ def test_overlong_completions_are_not_trained(tmp_path: pathlib.Path) -> None:
   class Caught(Exception):
     """Carries a batch on its way to the update."""
 
-  def catch(state: TrainState, batch: Batch, rows: Any) -> None:
+  def catch(state: TrainState, batch: Batch, *rest: Any) -> None:
     raise Caught(jax.device_get(batch.arrays['trained'] & batch.mask))
 
   trainer._update = catch

@@ -16,12 +16,12 @@ from postrain import advantages, aggregation, kl, losses, shaping
 
 def over_groups(fn: Callable, x: Arrays) -> jax.Array:
   """fn over rewards [N] whose groups are ragged and in any order."""
-  ids = x['group_id']
+  ids = np.asarray(x['group_id'])
   places = [np.flatnonzero(ids == i) for i in np.unique(ids)]
   size = max(map(len, places))
   index = np.stack([np.pad(p, (0, size - len(p))) for p in places])
   where = np.arange(size) < np.array([[len(p)] for p in places])
-  lengths = jnp.ones_like(ids)
+  lengths = jnp.ones(len(ids), int)
   if 'mask' in x:
     lengths = jnp.sum(x['mask'], axis=1)
   grouped = fn(x['rewards'][index], lengths[index], jnp.asarray(where))

@@ -32,15 +32,16 @@ def weights(hyper: Arrays, mask: jax.Array) -> jax.Array:
   raise ValueError(f'no aggregation for {mode!r}')
 
 
-def differentiated(fn: Callable, inputs: Arrays, name: str) -> Arrays:
-  """Outputs of fn (a dict with ``loss``) and the gradient of one input."""
+def differentiated(fn: Callable, inputs: Arrays, *names: str) -> Arrays:
+  """Outputs of fn (a dict with ``loss``) and the gradients of the named."""
 
   def total(x):
-    outputs = fn(inputs | {name: x})
+    outputs = fn(inputs | x)
     return outputs['loss'], outputs
 
-  gradient, outputs = jax.grad(total, has_aux=True)(inputs[name])
-  return outputs | {f'grad_{name}': gradient}
+  by = {name: inputs[name] for name in names}
+  gradients, outputs = jax.grad(total, has_aux=True)(by)
+  return outputs | {f'grad_{name}': g for name, g in gradients.items()}
 
 
 def tokens_of(x: jax.Array, mask: jax.Array) -> jax.Array:

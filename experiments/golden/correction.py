@@ -16,7 +16,7 @@ def metrics(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
   found = importance.mismatch_metrics(*args)
   rows = {k: log_perplexities(x[f'{k}_logp'], x) for k in ('old', 'rollout')}
   gap = rows['old'] - rows['rollout']
-  some = jnp.mean(jnp.any(x['mask'], axis=1))
+  some = jnp.mean(jnp.any(x['mask'], axis=1), dtype=float)
 
   def with_empty(mean, constant):  # the peer counts an empty row
     return some * mean + (1 - some) * constant

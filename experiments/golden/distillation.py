@@ -69,8 +69,7 @@ def chunked(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
     total = jnp.sum(jnp.where(x['mask'], entropy, 0))
     return mean(values, x['mask']) | {'entropy_sum': total}
 
-  found = differentiated(fn, x, 'student_hidden')
-  return found | differentiated(fn, x, 'student_head')
+  return differentiated(fn, x, 'student_hidden', 'student_head')
 
 
 def handler(case: Arrays) -> Callable | None:

@@ -9,8 +9,8 @@ from postrain import evaluation
 
 
 def chances(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
-  rows = zip(*(np.asarray(x[name]) for name in 'cnk'), strict=True)
-  found = [evaluation.pass_at_k(c, n, int(k)) for c, n, k in rows]
+  rows = zip(*(x[name].tolist() for name in 'cnk'), strict=True)
+  found = [evaluation.pass_at_k(*row) for row in rows]
   return {'pass_at_k': np.array(found)}
 
 

@@ -151,7 +151,7 @@ def per_sample(
 ) -> jax.Array:
   kind, total = hyper.get('loss_type'), jnp.sum(values, axis=1)
   if kind in ('grpo', 'bnpo', 'sapo') or name.startswith('gmpo'):
-    return total / jnp.maximum(jnp.sum(mask, axis=1), 1)
+    return total / jnp.maximum(jnp.sum(mask, axis=1), 1).astype(float)
   return total / hyper['max_completion_length'] if kind == 'dr_grpo' else total
 
 

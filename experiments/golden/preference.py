@@ -27,13 +27,6 @@ LINKS = {
 DIVERGENCES = {'js_divergence': 'jensen_shannon'}
 
 
-def gradients(fn: Callable, x: Arrays, *names: str) -> Arrays:
-  found = {}
-  for name in names:
-    found |= differentiated(fn, x, name)
-  return found
-
-
 def mean(values: jax.Array) -> Arrays:
   return {'loss': jnp.mean(values), 'per_sample': values}
 
@@ -69,7 +62,7 @@ def pairwise(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
       args = [*rewards, *map(jnp.zeros_like, rewards)]
     return mean(loss(*args, *(x[n] for n in per_token), **options)[0])
 
-  return gradients(fn, x, *NAMES)
+  return differentiated(fn, x, *NAMES)
 
 
 def unpaired(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
@@ -82,7 +75,7 @@ def unpaired(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
     args = (x['policy_logps'], x['ref_logps'], x['label'].astype(bool), z)
     return mean(losses.kto(*args, **options)[0]) | {'z0': z}
 
-  return gradients(fn, x, 'policy_logps')
+  return differentiated(fn, x, 'policy_logps')
 
 
 def odds_ratio(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
@@ -95,7 +88,7 @@ def odds_ratio(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
     values = losses.orpo(*args, one, one, coef=hyper['beta'])[0] + args[0]
     return {'loss': jnp.mean(values) + x['nll']}
 
-  return gradients(fn, x, *names, 'nll')
+  return differentiated(fn, x, *names, 'nll')
 
 
 def length_margin(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
@@ -104,7 +97,7 @@ def length_margin(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
     options = {'beta': hyper['beta'], 'gamma': hyper['gamma']}
     return mean(losses.simpo(*args, **options)[0])
 
-  return gradients(fn, x, *NAMES)
+  return differentiated(fn, x, *NAMES)
 
 
 def contrastive(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
@@ -116,10 +109,10 @@ def contrastive(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
       values = losses.hinge(*args, zeros, zeros, beta=beta)[0]
     else:
       values = losses.cpo(*args, beta=beta, nll_coef=None)[0]
-    nll = -jnp.sum(args[0]) / jnp.sum(x['chosen_len'])
+    nll = -jnp.sum(args[0]) / jnp.sum(x['chosen_len']).astype(float)
     return {'loss': jnp.mean(values) + hyper['cpo_alpha'] * nll}
 
-  return gradients(fn, x, *NAMES)
+  return differentiated(fn, x, *NAMES)
 
 
 def reward_model(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
@@ -131,7 +124,7 @@ def reward_model(case: Arrays, hyper: Arrays, x: Arrays) -> Arrays:
       values = values + hyper['center_coef'] * centering
     return {'loss': jnp.mean(values)}
 
-  return gradients(fn, x, 'chosen', 'rejected')
+  return differentiated(fn, x, 'chosen', 'rejected')
 
 
 def handler(case: Arrays) -> Callable | None:

@@ -25,7 +25,7 @@ tests.
 """
 # Without a row: what has no function of its own in the mathematics.
 LATER = {
-  '16, 20, 21, 31': 'the loops of RLHF, constitutions, oversight and GRPO',
+  '20, 21, 31': 'the loops of constitutions, oversight and GRPO',
   '18': 'diagnostics of reward hacking',
   '36, 44': 'recipes whose parts are 8, 29 and 37 to 40',
   '69': 'routing replay, which needs a mixture of experts',
@@ -52,6 +52,7 @@ METHODS = {
   13: ('the regularised optimum', 'kl.k1 shaping.kl_penalized'),
   14: ('KL in the reward', 'shaping.kl_shaped shaping.kl_penalized'),
   15: ('KL controllers', 'kl.fixed_coef kl.adaptive_coef'),
+  16: ('RLHF with a reference', 'shaping.kl_shaped'),
   17: ('minibatches', 'losses.ppo_clip'),
   19: ('RLAIF', 'losses.soft_preference losses.swap_averaged'),
   22: ('DPO and its family', 'losses.dpo losses.robust_dpo losses.f_dpo'

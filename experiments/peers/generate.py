@@ -10,16 +10,21 @@ two lines stand here. Tunix works in float32.
 """
 
 import argparse
-import collections
 from collections.abc import Callable
 import importlib.metadata
 import json
+import os
 import pathlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))
+
 import numpy as np
 import torch
+
+from experiments.peers.stand_ins import grpo_trainer, verl_config
 
 GROUPS, SAMPLES, LENGTH = 2, 4, 6
 KL_COEF = 0.05
@@ -69,43 +74,6 @@ def trl_advantages(rewards: torch.Tensor, scale: bool) -> torch.Tensor:
   return centered.reshape(-1)
 
 
-def trl_trainer(**changes: Any) -> SimpleNamespace:
-  """What `_compute_loss` reads of its trainer."""
-  from trl import GRPOConfig
-
-  defaults = {
-    f.name: f.default for f in GRPOConfig.__dataclass_fields__.values()
-  }
-  args = SimpleNamespace(**(defaults | {'steps_per_generation': 1}))
-  low = changes.get('epsilon_low', args.epsilon)
-  state = dict(
-    args=args,
-    aux_loss_enabled=False,
-    top_entropy_quantile=1.0,
-    off_policy_mask_threshold=None,
-    importance_sampling_level='token',
-    beta=args.beta,
-    loss_type=args.loss_type,
-    epsilon_low=low,
-    epsilon_high=args.epsilon_high or low,
-    use_vllm=False,
-    vllm_importance_sampling_correction=False,
-    model=SimpleNamespace(training=True),
-    current_gradient_accumulation_steps=1,
-    max_completion_length=LENGTH,
-    _entropy_bonus_enabled=False,
-    _metrics={'train': collections.defaultdict(list)},
-    accelerator=SimpleNamespace(
-      num_processes=1,
-      gather=lambda x: x,
-      reduce=lambda x, reduction: x,
-      gather_for_metrics=lambda x: x,
-      sync_gradients=True,
-    ),
-  )
-  return SimpleNamespace(**(state | changes))
-
-
 def trl(
   x: dict[str, torch.Tensor], scale: bool = True, **changes: Any
 ) -> dict[str, Any]:
@@ -150,7 +118,7 @@ def trl_loss(
   kind: Any, inputs: dict, x: dict[str, torch.Tensor], **changes: Any
 ) -> dict[str, Any]:
   def fn(logprobs: torch.Tensor) -> torch.Tensor:
-    trainer = trl_trainer(**changes)
+    trainer = grpo_trainer(LENGTH, **changes)
     entropies = torch.zeros_like(logprobs)
     scored = (logprobs, entropies, None)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: scored
@@ -171,7 +139,6 @@ def verl(
   **changes: Any,
 ) -> dict[str, Any]:
   from verl.trainer.ppo import core_algos
-  from verl.workers.config import FSDPActorConfig
 
   mask = x['mask'].double()
   last = (mask.sum(-1).long() - 1).clamp(min=0)
@@ -184,10 +151,7 @@ def verl(
     index=np.repeat(np.arange(GROUPS), SAMPLES),
     **options,
   )
-  config = FSDPActorConfig(
-    strategy='fsdp', rollout_n=SAMPLES, ppo_mini_batch_size=4,
-    ppo_micro_batch_size_per_gpu=1, **changes,
-  )  # fmt: skip
+  config = verl_config(**changes)
 
   def fn(logprobs: torch.Tensor) -> torch.Tensor:
     return core_algos.get_policy_loss_fn(loss)(

@@ -24,9 +24,9 @@ import numpy as np
 
 from configs import stories
 from postrain import hub, metrics, workdir
-from postrain.algorithm import join_prompts
 from postrain.evaluation import bootstrap_interval
 from postrain.keys import run_key
+from postrain.preparation import join_prompts
 from postrain.sampling import sample
 from postrain.scoring import score
 from postrain.trainer import Trainer

@@ -11,7 +11,7 @@ from postrain.dtypes import Scalar, promoted
 
 
 def gdpo(
-  rewards: Float[Array, 'P G K'],
+  reward_parts: Float[Array, 'P G K'],
   where: Bool[Array, 'P G K'] | None = None,
   *,
   weights: tuple[Scalar, ...] | None = None,
@@ -28,7 +28,7 @@ def gdpo(
   whitens over tokens instead, so that long answers weigh more.
 
   Args:
-    rewards: K rewards of each sample, of the whole rollout.
+    reward_parts: K rewards of each sample, of the whole rollout.
     where: which rewards exist; a sample without any gives 0. None for all.
     weights: w_k, 1 if None.
     eps: ε > 0, added to both deviations.
@@ -44,7 +44,7 @@ def gdpo(
     Liu et al., 2026, GDPO: Group reward-Decoupled Normalization Policy
     Optimization for Multi-reward RL Optimization, arXiv:2601.05242.
   """
-  rewards, where = shown(rewards, where)
+  rewards, where = shown(reward_parts, where)
   num = rewards.shape[-1]
   if weights is not None and len(weights) != num:
     raise ValueError(f'{len(weights)} weights for {num} rewards: give {num}')

@@ -5,7 +5,11 @@ of (seed, iteration), so a restarted run goes on where it was.
 """
 
 from postrain.data.buckets import bucket, bucket_sizes
-from postrain.data.demonstrations import Demonstrations, encode_demonstrations
+from postrain.data.demonstrations import (
+  Demonstrations,
+  encode_conversations,
+  encode_demonstrations,
+)
 from postrain.data.jsonl import read_jsonl
 from postrain.data.order import indices
 from postrain.data.prompts import encode_prompts
@@ -14,6 +18,7 @@ __all__ = [
   'Demonstrations',
   'bucket',
   'bucket_sizes',
+  'encode_conversations',
   'encode_demonstrations',
   'encode_prompts',
   'indices',

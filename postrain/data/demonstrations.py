@@ -7,12 +7,13 @@ from jaxtyping import Bool, Int
 import numpy as np
 
 from postrain import tokenizers
+from postrain.chat import Conversation, encode_conversation
 from postrain.data.buckets import bucket, bucket_sizes, padded
 from postrain.data.prompts import Style, padding_id, prompt_ids, prompt_text
 
 
 class Demonstrations(NamedTuple):
-  """Right-padded sequences; ``mask`` is True on the completion alone."""
+  """Right-padded sequences; ``mask`` is True on what is trained."""
 
   tokens: Int[np.ndarray, 'B T']
   valid: Bool[np.ndarray, 'B T']
@@ -62,7 +63,7 @@ def encode_demonstrations(
       f'stop_id={stop_id} with pad id {pad_id}: a completion needs an end that'
       ' is not padding; set tokenizer.eos_token or give another stop_id'
     )
-  rows, starts = [], []
+  rows = []
   for row, example in enumerate(examples):
     before = prompt_ids(
       tokenizer, example, row, field=prompt, style=style, template=template
@@ -71,24 +72,93 @@ def encode_demonstrations(
     if style == 'plain':
       text = prompt_text(example, row, field=prompt, template=template)
       after = _continuation(tokenizer, text, before, example[completion], after)
-    ids = [*before, *after, stop_id]
+    mask = [False] * len(before) + [True] * (len(after) + 1)
+    rows.append(Conversation([*before, *after, stop_id], mask))
+  return _arrays(rows, pad_id, max_length, too_long, num_buckets)
+
+
+def encode_conversations(
+  tokenizer: Any,
+  examples: Sequence[dict[str, Any]],
+  *,
+  max_length: int,
+  field: str = 'messages',
+  tools: str = 'tools',
+  enable_thinking: bool | None = None,
+  too_long: Literal['error', 'drop'] = 'error',
+  num_buckets: int = 6,
+) -> Demonstrations:
+  """Encode conversations into arrays: all turns of the assistant are trained.
+
+  The mask is that of `postrain.chat.encode_conversation`. It and ``valid``
+  come from lengths, never from ids, so that a padding token that is also the
+  end of sequence does no harm here.
+
+  Args:
+    tokenizer: with a padding token and a chat template.
+    examples: rows of a data set.
+    max_length: of a conversation, in tokens.
+    field: of the example, with the messages.
+    tools: of the example, with JSON schemas of functions; it may be missing.
+    enable_thinking: see `postrain.chat.encode_chat`.
+    too_long: see `encode_demonstrations`.
+    num_buckets: lengths that the arrays may have at most.
+
+  Raises:
+    ValueError: names the row that cannot be encoded, has nothing to learn or is
+      too long; nothing left.
+  """
+  pad_id = padding_id(tokenizer)
+  rows = []
+  for row, example in enumerate(examples):
+    messages = example.get(field)
+    if not isinstance(messages, list):
+      raise ValueError(
+        f'row {row}: the example has {field}={messages!r:.80}: expected a list'
+        f' of messages; its fields are {", ".join(example)}'
+      )
+    try:
+      rows.append(
+        encode_conversation(
+          tokenizer,
+          messages,
+          tools=example.get(tools),
+          enable_thinking=enable_thinking,
+        )
+      )
+    except ValueError as error:
+      raise ValueError(f'row {row}: {error}') from error
+  return _arrays(rows, pad_id, max_length, too_long, num_buckets)
+
+
+def _arrays(
+  rows: Sequence[Conversation],
+  pad_id: int,
+  max_length: int,
+  too_long: str,
+  num_buckets: int,
+) -> Demonstrations:
+  """Rows within the limit, right-padded to the length of one bucket."""
+  for row, (ids, _) in enumerate(rows):
     if len(ids) > max_length and too_long == 'error':
       raise ValueError(
         f'row {row}: prompt and completion have {len(ids)} tokens,'
         f" max_length={max_length}: raise it, or set too_long='drop'"
       )
-    if len(ids) <= max_length:
-      rows.append(ids)
-      starts.append(len(before))
-  if not rows:
+  kept = [row for row in rows if len(row.ids) <= max_length]
+  if not kept:
     raise ValueError(
-      f'no demonstration is left of {len(examples)} at max_length='
+      f'no demonstration is left of {len(rows)} at max_length='
       f'{max_length}: raise it, or give examples'
     )
   sizes = bucket_sizes(max_length, num_buckets=num_buckets)
-  length = bucket(max(map(len, rows)), sizes)
-  tokens, valid = padded(rows, length=length, pad_id=pad_id, side='right')
-  mask = valid & (np.arange(length)[None] >= np.array(starts)[:, None])
+  length = bucket(max(len(row.ids) for row in kept), sizes)
+  tokens, valid = padded(
+    [row.ids for row in kept], length=length, pad_id=pad_id, side='right'
+  )
+  mask = np.zeros_like(valid)
+  for i, row in enumerate(kept):
+    mask[i, : len(row.mask)] = row.mask
   return Demonstrations(tokens, valid, mask)
 
 

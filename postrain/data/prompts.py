@@ -20,6 +20,8 @@ def encode_prompts(
   template: str | None = None,
   too_long: Literal['error', 'drop', 'truncate'] = 'error',
   num_buckets: int = 6,
+  tools: str = 'tools',
+  enable_thinking: bool | None = None,
 ) -> Prompts:
   """Encode prompts into a left-padded array of one of few lengths.
 
@@ -37,6 +39,9 @@ def encode_prompts(
       example out (do that once, for the whole data set: an iteration needs a
       fixed number), ``truncate`` keeps its last tokens.
     num_buckets: lengths that the array may have at most, see `bucket_sizes`.
+    tools: field of the example with JSON schemas of functions, for ``chat``;
+      it may be missing.
+    enable_thinking: for chat templates that know it; None for their default.
 
   Returns:
     Prompts; ``examples`` are those that were kept.
@@ -49,7 +54,14 @@ def encode_prompts(
   rows, kept = [], []
   for row, example in enumerate(examples):
     ids = prompt_ids(
-      tokenizer, example, row, field=field, style=style, template=template
+      tokenizer,
+      example,
+      row,
+      field=field,
+      style=style,
+      template=template,
+      tools=tools,
+      enable_thinking=enable_thinking,
     )
     if len(ids) > max_length and too_long == 'error':
       raise ValueError(
@@ -79,6 +91,8 @@ def prompt_ids(
   field: str,
   style: Style,
   template: str | None,
+  tools: str = 'tools',
+  enable_thinking: bool | None = None,
 ) -> list[int]:
   """The tokens of one prompt, up to where the policy speaks."""
   text = prompt_text(example, row, field=field, template=template)
@@ -89,7 +103,10 @@ def prompt_ids(
   else:
     messages = [{'role': 'user', 'content': text}]
     ids = tokenizers.encode_chat(
-      tokenizer, messages if isinstance(text, str) else text
+      tokenizer,
+      messages if isinstance(text, str) else text,
+      tools=example.get(tools),
+      enable_thinking=enable_thinking,
     )
   if not ids:
     raise ValueError(f'row {row}: the prompt {text!r} has no tokens')

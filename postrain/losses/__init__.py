@@ -12,6 +12,7 @@ from postrain.losses.anchored import (
   nca_pair,
   sppo_hard,
 )
+from postrain.losses.balance import expert_shares, load_balance
 from postrain.losses.distillation import (
   annealed_coef,
   forward_kl,
@@ -85,6 +86,7 @@ __all__ = [
   'dppo',
   'dro',
   'exo_pair',
+  'expert_shares',
   'f_dpo',
   'forward_kl',
   'generalized_jsd',
@@ -100,6 +102,7 @@ __all__ = [
   'last_score',
   'length_normalized_dpo',
   'length_normalized_ipo',
+  'load_balance',
   'minirl',
   'mirror_descent',
   'monte_carlo_labels',

@@ -27,9 +27,8 @@ def implicit_rewards(
 
 
 def smoothed(margin: Array, label_smoothing: Scalar) -> Array:
-  """−(1 − ε) log σ(h) − ε log σ(−h)."""
-  right, flipped = log_sigmoid(margin), log_sigmoid(-margin)
-  return -(1 - label_smoothing) * right - label_smoothing * flipped
+  """−(1 − ε) log σ(h) − ε log σ(−h), which is ε h − log σ(h)."""
+  return label_smoothing * margin - log_sigmoid(margin)
 
 
 def reward_figures(won: Array, lost: Array) -> dict[str, Array]:

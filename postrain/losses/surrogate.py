@@ -16,8 +16,9 @@ Losses = tuple[Float[Array, 'B T'], dict[str, Float[Array, 'B T']]]
 
 def weighted_logprobs(weights: Array, logprobs: Array, mask: Array) -> Array:
   """−sg(w) log π on the mask: the policy gradient under a constant weight."""
-  weights = jnp.where(mask, stop_gradient(weights), 0)
-  return -weights * jnp.where(mask, logprobs, 0)
+  # With the sign under the select XLA fuses the gradient's select with it.
+  weights = jnp.where(mask, -stop_gradient(weights), 0)
+  return weights * jnp.where(mask, logprobs, 0)
 
 
 def bounded(

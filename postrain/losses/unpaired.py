@@ -66,7 +66,9 @@ def kto(
 
 
 def kto_reference_point(
-  logprobs: Float[Array, ' N'], ref_logprobs: Float[Array, ' N']
+  logprobs: Float[Array, ' N'],
+  ref_logprobs: Float[Array, ' N'],
+  where: Bool[Array, ' N'] | None = None,
 ) -> Float[Array, '']:
   """Estimate the divergence that KTO measures rewards against.
 
@@ -80,6 +82,7 @@ def kto_reference_point(
   Args:
     logprobs: of mismatched completions y′, summed.
     ref_logprobs: of the reference.
+    where: which examples exist; None for all.
 
   Returns:
     One constant, at least 0; β is not in it.
@@ -97,5 +100,7 @@ def kto_reference_point(
       ' point would be their own reward; use a minibatch of at least 2'
     )
   logprobs, ref_logprobs = promoted(logprobs, ref_logprobs)
-  mean = jnp.mean(logprobs - ref_logprobs)
+  where = jnp.ones(logprobs.shape, bool) if where is None else where
+  count = jnp.maximum(jnp.sum(where), 1).astype(logprobs.dtype)
+  mean = jnp.sum(jnp.where(where, logprobs - ref_logprobs, 0)) / count
   return stop_gradient(jnp.maximum(mean, 0))

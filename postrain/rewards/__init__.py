@@ -6,7 +6,12 @@ config may name; `postrain.rewards.scores` runs them and checks what they
 return. A reward of your own is any function of this signature.
 """
 
-from postrain.rewards.mathematics import accuracy, answer_format
+from postrain.rewards.mathematics import (
+  accuracy,
+  answer_format,
+  choice,
+  exact_match,
+)
 from postrain.rewards.text import (
   animal_story,
   contains,
@@ -22,7 +27,9 @@ __all__ = [
   'accuracy',
   'animal_story',
   'answer_format',
+  'choice',
   'contains',
+  'exact_match',
   'finished',
   'format_tags',
   'length_penalty',

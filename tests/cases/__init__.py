@@ -6,6 +6,7 @@ must withstand.
 
 from cases import advantages as _advantages
 from cases import aggregation as _aggregation
+from cases import balance as _balance
 from cases import distillation as _distillation
 from cases import logprobs as _logprobs
 from cases import losses as _losses
@@ -43,7 +44,8 @@ MODULES = (
 
 def cases() -> list[Case]:
   parts = (
-    _advantages, _aggregation, _distillation, _logprobs, _losses, _mismatch,
-    _policy_variants, _preference, _reward_models, _selection, _shaping,
+    _advantages, _aggregation, _balance, _distillation, _logprobs, _losses,
+    _mismatch, _policy_variants, _preference, _reward_models, _selection,
+    _shaping,
   )  # fmt: skip
   return [case for part in parts for case in part.cases()]

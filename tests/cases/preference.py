@@ -71,6 +71,11 @@ def cases() -> list[Case]:
     pair(losses.cpo, BOTH),
     pair(losses.cpo, BOTH, nll_coef=None),
     case(losses.kto_reference_point, 'chosen ref_chosen', rename=UNPAIRED),
+    case(
+      losses.kto_reference_point,
+      'chosen ref_chosen desirable',
+      rename=UNPAIRED | {'desirable': 'where'},
+    ),
   ]
   negative = {'negative_chosen': 'chosen', 'negative_rejected': 'rejected'}
   names = f'negative_chosen negative_rejected {LENGTHS}'

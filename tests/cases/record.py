@@ -117,6 +117,9 @@ def draw() -> dict[str, np.ndarray]:
     'successes': (rng.random((rows, length, 8)) < 0.3).astype(float),
     'ranks': np.array([[1, 0, 3, 2], [0, 5, 0, 1], [2, 2, 1, 0], [3, 2, 1, 0]]),
     'steps': np.array([0.0, 1.0, 33.0, 80.0, 500.0]),
+    'router_logits': noise(rows, length, 4),
+    'experts': np.argsort(rng.random((rows, length, 4)))[..., :2],
+    'expert_shares': np.array([0.5, 0.0, 0.2, 0.3]),
   }
 
 

@@ -9,6 +9,7 @@ first argument), so that central differences see only what is differentiated.
 
 from oracles.advantages import *
 from oracles.aggregation import *
+from oracles.balance import *
 from oracles.distillation import *
 from oracles.logprobs import *
 from oracles.losses import *

@@ -254,6 +254,8 @@ def kto(
   }
 
 
-def kto_reference_point(logprobs, ref_logprobs):
+def kto_reference_point(logprobs, ref_logprobs, where=None):
+  if where is not None:
+    logprobs, ref_logprobs = logprobs[where], ref_logprobs[where]
   total = sum(a - b for a, b in zip(logprobs, ref_logprobs, strict=True))
   return np.asarray(max(0.0, total / len(logprobs)))

@@ -47,7 +47,7 @@ def covariance(
   clip_low=1.0,
   clip_high=1.0,
 ):
-  """The draw of each place is taken from JAX; all else is counted by hand."""
+  """The draw of each token is taken from JAX; all else is counted by hand."""
   rho = ratio(logprobs, old_logprobs, mask)
   eligible = []
   for i, c in covariances(logprobs, advantages, mask).items():
@@ -55,7 +55,8 @@ def covariance(
       advantages[i] < 0 and rho[i] < 1 - clip_low
     )
     if low < c < high and not clipped:
-      place = jax.random.fold_in(jax.random.fold_in(key, i[0]), i[1])
+      number = int(sum(mask[i[0], : i[1] + 1]))
+      place = jax.random.fold_in(jax.random.fold_in(key, i[0]), number)
       eligible.append((float(jax.random.uniform(place, (), 'float32')), i))
   dropped = sorted(eligible, reverse=True)[: share(fraction, mask)]
   return mask & ~marked(mask, [i for _, i in dropped])

@@ -1,0 +1,152 @@
+"""From samples and rewards to a batch: scores, KL in the reward, advantages."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from postrain import advantages, kl, masks, objectives, shaping
+from postrain.batches import asked, assemble, call_by_name
+from postrain.binding import bind
+from postrain.recipe import Recipe
+from postrain.scoring import score
+from postrain.types import (
+  Batch,
+  Max,
+  Mean,
+  Metrics,
+  Model,
+  Params,
+  Rollout,
+  Samples,
+)
+
+
+def uses_reference(recipe: Recipe) -> bool:
+  """Whether anything reads the reference."""
+  coefs = (recipe.kl.reward_coef, recipe.kl.loss_coef)
+  return any(coef is not None for coef in coefs)
+
+
+def bind_advantage(recipe: Recipe) -> Callable[..., Any]:
+  """The advantage; one of several rewards has their weights from them."""
+  advantage = bind(advantages, recipe.advantage)
+  if 'reward_parts' not in asked(advantage):
+    return advantage
+  if recipe.kl.reward_coef is not None:
+    raise ValueError(
+      f'kl.reward_coef={recipe.kl.reward_coef} with advantage'
+      f' {recipe.advantage["name"]!r}: each reward is standardised by itself'
+      ' and none of them holds the KL; use kl.loss_coef'
+    )
+  weights = tuple(block['weight'] for block in recipe.rewards.values())
+  return bind(advantages, {'weights': weights, **recipe.advantage})
+
+
+def make_prepare(
+  recipe: Recipe, model: Model, estimator: Callable, advantage: Callable
+) -> Callable[..., tuple[Batch, Metrics, dict[str, Any]]]:
+  """Make ``prepare`` of `postrain.algorithm.Algorithm`."""
+  score_fn = functools.partial(
+    score,
+    model,
+    temperature=recipe.sampling.temperature,
+    chunk_size=recipe.chunk_size,
+    num_slices=recipe.rl.num_score_slices,
+  )
+
+  def prepare(
+    params: Params, ref_params: Params, prompts: Any, prompt_mask: Any,
+    samples: Samples, rewards: Any, signals: dict[str, Any],
+  ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
+    tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
+    scores = score_fn(params['actor'], tokens, valid, mask)
+    arrays = {
+      'old_logprobs': scores.logprobs,
+      'sampler_logprobs': behind_prompt(prompts, samples.sampler_logprobs),
+    }
+    gap = jnp.abs(
+      scores.model_logprobs - behind_prompt(prompts, samples.model_logprobs)
+    )
+    informative = masks.informative_groups(rewards)
+    metrics: Metrics = {
+      'sampler/logprob_gap_max': Max(jnp.where(mask, gap, 0).max()),
+      'sampler/logprob_gap': objectives.masked_mean(gap, mask),
+      'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
+    }
+    if uses_reference(recipe):
+      ref = score_fn(ref_params, tokens, valid, mask)
+      arrays['ref_logprobs'] = ref.logprobs
+      figures = {'logprobs': scores.logprobs, 'ref_logprobs': ref.logprobs}
+      metrics |= _reference_metrics(figures, mask)
+      if recipe.kl.reward_coef is not None:
+        penalty = call_by_name(estimator, {**figures, 'mask': mask})
+        if 'mask' in asked(advantage):  # along tokens: each pays for itself
+          arrays['penalties'] = recipe.kl.reward_coef * penalty
+        else:
+          rewards = shaping.kl_penalized(
+            rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
+          ).reshape(rewards.shape)
+    rollout = Rollout(
+      tokens=tokens,
+      valid=valid,
+      mask=mask,
+      rewards=rewards,
+      truncated=samples.truncated,
+      version=jnp.zeros(tokens.shape, jnp.int32),
+      turn_ids=jnp.zeros(tokens.shape, jnp.int32),
+      arrays=arrays,
+    )
+    trained = _trained_tokens(recipe, rollout, informative)
+    batch = assemble(
+      rollout, advantage=advantage, trained=trained, signals=signals
+    )
+    return batch, metrics, _columns(batch, gap)
+
+  return prepare
+
+
+def join_prompts(
+  prompts: Any, prompt_mask: Any, samples: Samples
+) -> tuple[Any, Any, Any]:
+  """Put each completion behind its prompt: (tokens, valid, mask)."""
+  num_samples = samples.tokens.shape[0] // prompts.shape[0]
+  repeat = functools.partial(jnp.repeat, repeats=num_samples, axis=0)
+  tokens = jnp.concatenate([repeat(prompts), samples.tokens], axis=1)
+  valid = jnp.concatenate([repeat(prompt_mask), samples.mask], axis=1)
+  return tokens, valid, behind_prompt(prompts, samples.mask)
+
+
+def behind_prompt(prompts: Any, values: Any) -> Any:
+  """Move per-token figures of completions behind the prompt's slots."""
+  return jnp.pad(values, ((0, 0), (prompts.shape[1], 0)))
+
+
+def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
+  k1 = jnp.where(mask, call_by_name(kl.k1, figures), 0)
+  k3 = call_by_name(kl.k3, figures)
+  sequences = mask.any(-1)
+  return {
+    'reference/kl_sequence': Mean(k1.sum(), sequences.sum(dtype=jnp.float32)),
+    'reference/kl_token': objectives.masked_mean(k3, mask),
+  }
+
+
+def _columns(batch: Batch, gap: Any) -> dict[str, Any]:
+  """Figures of each completion, for the sample files."""
+  lengths = jnp.maximum(batch.mask.sum(-1, dtype=jnp.float32), 1)
+  advantages = batch.arrays['advantages'].sum(-1) / lengths
+  largest = jnp.where(batch.mask, gap, 0).max(-1)
+  return {'advantage': advantages, 'logprob_gap': largest}
+
+
+def _trained_tokens(recipe: Recipe, rollout: Rollout, informative: Any) -> Any:
+  """Which tokens the policy term trains on."""
+  trained = rollout.mask
+  if recipe.filter.overlong == 'mask':
+    trained = trained & masks.overlong(rollout.mask, rollout.truncated)
+  if recipe.filter.informative_only:
+    rows = jnp.repeat(informative.reshape(-1), rollout.rewards.shape[1])
+    trained = trained & rows[:, None]
+  return trained
