@@ -9,6 +9,7 @@ import jax
 
 from postrain import hub
 from postrain.environments import Environment
+from postrain.models import families
 from postrain.models.config import Config
 from postrain.models.transformer import transformer as make_transformer
 from postrain.tasks.sort import toy_policy
@@ -45,16 +46,25 @@ def transformer(
   num_kv_heads: int,
   head_dim: int,
   max_length: int,
+  family: str = 'llama',
   rope_theta: float = 10_000.0,
   norm_eps: float = 1e-6,
   tie_embeddings: bool = True,
   qkv_bias: bool = False,
   qk_norm: bool = False,
+  num_experts: int = 0,
+  experts_per_token: int = 0,
+  normalize_gates: bool = True,
+  shared_mlp_dim: int = 0,
   dtype: str = 'float32',
   param_dtype: str = 'float32',
   remat: str | None = None,
 ) -> Actor:
-  """A decoder from scratch; see `postrain.models.transformer.Config`."""
+  """A decoder from scratch; see `postrain.models.config.Config`.
+
+  Raises:
+    ValueError: the family, whose layout the export will have, lacks a feature.
+  """
   config = Config(
     vocab_size=environment.vocab_size,
     num_layers=num_layers,
@@ -64,17 +74,23 @@ def transformer(
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     max_length=max_length,
+    family=family,
     rope_theta=rope_theta,
     norm_eps=norm_eps,
     tie_embeddings=tie_embeddings,
     qkv_bias=qkv_bias,
     qk_norm=qk_norm,
+    num_experts=num_experts,
+    experts_per_token=experts_per_token,
+    normalize_gates=normalize_gates,
+    shared_mlp_dim=shared_mlp_dim,
     dtype=dtype,
     param_dtype=param_dtype,
     remat=remat,
   )
+  families.to_huggingface(config)
   model = make_transformer(config)
-  export = functools.partial(_export, environment, config)
+  export = functools.partial(_export, environment, config, None)
   return Actor(model, jitted_init(model), max_length, export)
 
 
@@ -96,16 +112,18 @@ def pretrained(
     make_transformer(config),
     lambda _, shardings: jax.device_put(loaded.params, shardings),
     config.max_length,
-    functools.partial(_export, environment, config),
+    functools.partial(_export, environment, config, loaded.source),
   )
 
 
 def _export(
-  environment: Environment, config: Config, directory: str, params: Params
-) -> None:
+  environment: Environment, config: Config, source: Any, directory: str,
+  params: Params,
+) -> None:  # fmt: skip
   hub.save(
-    directory, config, params, tokenizer=environment.tokenizer, overwrite=True
-  )
+    directory, config, params, source=source, tokenizer=environment.tokenizer,
+    overwrite=True,
+  )  # fmt: skip
 
 
 def sort_policy(environment: Environment, *, embed_dim: int) -> Actor:

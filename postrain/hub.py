@@ -28,17 +28,21 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A loaded directory; ``params`` are NumPy arrays on the host."""
+  """A loaded directory; ``params`` are NumPy arrays on the host.
+
+  ``source`` is its config.json.
+  """
 
   config: Config
   model: Model
   params: Params
+  source: Mapping[str, Any]
 
 
 def load(
   directory: str | os.PathLike[str], *, dtype: str = 'float32'
 ) -> Pretrained:
-  """Load a Llama, Qwen2 or Qwen3 directory; nothing is fetched or executed.
+  """Load a directory of a known family; nothing is fetched or executed.
 
   The parameters stay on the host, so that a sharded placement never passes
   through one device. For another precision of activations or rematerialisation:
@@ -59,7 +63,7 @@ def load(
     families.from_huggingface(block), dtype=dtype, param_dtype=dtype
   )
   params = _read_params(root, config)
-  return Pretrained(config, transformer(config), params)
+  return Pretrained(config, transformer(config), params, block)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -172,6 +176,7 @@ def save(
   config: Config,
   params: Params,
   *,
+  source: Mapping[str, Any] | None = None,
   tokenizer: Any = None,
   max_shard_bytes: int = 5_000_000_000,
   overwrite: bool = False,
@@ -182,6 +187,7 @@ def save(
     directory: appears by one rename when it is complete.
     config: of the model.
     params: its parameters, fully addressable from this process.
+    source: the config.json that the model came from, for its token ids.
     tokenizer: a directory to copy tokenizer files from, or an object with
       ``save_pretrained``; None writes none.
     max_shard_bytes: above this the weights are sharded with an index.
@@ -201,7 +207,7 @@ def save(
   leaves = _leaves(config, params)
   dtype = str(leaves['embedding',].dtype)
   block = families.to_huggingface(
-    dataclasses.replace(config, param_dtype=dtype)
+    dataclasses.replace(config, param_dtype=dtype), source
   )
   target.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(
@@ -231,7 +237,7 @@ def _write_weights(
 
   places = families.tensors(config)
   size = {
-    name: math.prod(place.shape) * leaves[place.path].dtype.itemsize
+    name: math.prod(place.shape) * leaves[place.parts[0].path].dtype.itemsize
     for name, place in places.items()
   }
   shards = _shards(size, max_shard_bytes)

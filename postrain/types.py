@@ -63,6 +63,29 @@ class EmptyCacheFn(Protocol):
   ) -> Cache: ...
 
 
+@runtime_checkable
+class InternalsFn(Protocol):
+  """`HiddenFn` that also returns what it is asked for: name -> array.
+
+  'residual' [L B N D] is the stream after each layer, 'attention' and 'mlp'
+  [L B N D] what each added to it, 'experts' [B N L K] the experts that each
+  token visited and 'router_logits' [L B N E]. ``experts`` forces tokens onto
+  experts, with live gates; where they are negative the router chooses.
+  """
+
+  def __call__(
+    self,
+    params: Params,
+    tokens: Int[Array, 'B N'],
+    *,
+    positions: Int[Array, 'B N'],
+    segment_ids: Int[Array, 'B N'],
+    cache: Cache | None = None,
+    capture: tuple[str, ...] = (),
+    experts: Int[Array, 'B N L K'] | None = None,
+  ) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """All that the library knows of a network: pure functions on arrays.
@@ -76,6 +99,9 @@ class Model:
     vocab_size: rows of the embedding.
     logical_axes: key -> a tree like params whose leaves are tuples of logical
       axis names, for `postrain.sharding`; None replicates every parameter.
+    internals: see `InternalsFn`; None where a network shows none.
+    normalize: (params, residual) -> hidden, the final norm, so that
+      unembed(normalize(residual[l])) is the policy of layer l.
   """
 
   init: Callable[[Key[Array, '']], Params]
@@ -84,6 +110,8 @@ class Model:
   empty_cache: EmptyCacheFn
   vocab_size: int
   logical_axes: Callable[[], Params] | None = None
+  internals: InternalsFn | None = None
+  normalize: Callable[[Params, Array], Array] | None = None
 
 
 class Samples(NamedTuple):

@@ -1,6 +1,7 @@
 """Heads on a language model's hidden states."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,12 @@ def scalar_head(model: Model) -> Model:
       cache=cache,
     )
 
+  def internals(params: Params, tokens: Array, **how: Any) -> Any:
+    return model.internals(params['backbone'], tokens, **how)
+
+  def normalize(params: Params, residual: Array) -> Array:
+    return model.normalize(params['backbone'], residual)
+
   def unembed(params: Params, hidden: Array) -> Array:
     head = params['head']
     dtype = widened(hidden.dtype)
@@ -73,4 +80,6 @@ def scalar_head(model: Model) -> Model:
     hidden=hidden,
     unembed=unembed,
     logical_axes=logical_axes if model.logical_axes else None,
+    internals=internals if model.internals else None,
+    normalize=normalize if model.normalize else None,
   )
