@@ -88,10 +88,14 @@ def transformer(
     param_dtype=param_dtype,
     remat=remat,
   )
-  families.to_huggingface(config)
+  families.to_huggingface(config)  # refuses before anything is trained
+  return _from_scratch(environment, config)
+
+
+def _from_scratch(environment: Environment, config: Config) -> Actor:
   model = make_transformer(config)
   export = functools.partial(_export, environment, config, None)
-  return Actor(model, jitted_init(model), max_length, export)
+  return Actor(model, jitted_init(model), config.max_length, export)
 
 
 def pretrained(

@@ -21,8 +21,8 @@ TINY = Config(
 KINDS = {
   'llama': {},
   'llama_untied': {'tie_embeddings': False},
-  'qwen2': {'qkv_bias': True},
-  'qwen3': {'qk_norm': True, 'tie_embeddings': False},
+  'qwen2': {'family': 'qwen2', 'qkv_bias': True},
+  'qwen3': {'family': 'qwen3', 'qk_norm': True, 'tie_embeddings': False},
 }
 
 
@@ -231,15 +231,18 @@ def test_missing_files_are_named(tmp_path, written):
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
-    ({'model_type': 'mamba'}, "'mamba' is not supported; .*llama, qwen2"),
+    ({'model_type': 'mamba'}, "'mamba' is not supported; .*llama, .*qwen2"),
     ({'rope_scaling': {'type': 'yarn'}, 'rope_parameters': None}, 'yarn'),
     ({'rope_parameters': {'rope_type': 'llama3'}}, 'llama3'),
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
-    ({'hidden_act': 'gelu'}, "'gelu' .*'silu'"),
-    ({'attention_bias': True}, 'attention_bias=True'),
-    ({'mlp_bias': True}, 'mlp_bias=True'),
+    ({'rope_parameters': {'rope_type': 'dynamic'}}, "'dynamic' .*linear"),
+    ({'hidden_act': 'relu'}, "'relu' .*silu"),
     ({'use_sliding_window': True}, 'use_sliding_window=True'),
-    ({'layer_types': ['sliding_attention']}, 'sliding_attention'),
+    ({'layer_types': ['sliding_attention']}, 'sliding_window'),
+    ({'layer_types': ['chunked_attention']}, 'chunked_attention'),
+    ({'model_type': 'gemma2', 'head_dim': None}, 'lacks head_dim'),
+    ({'model_type': 'gemma2', 'attention_bias': True}, 'attention_bias=True'),
+    ({'model_type': 'smollm3', 'use_sliding_window': True}, 'smollm3'),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),
     ({'hidden_size': ...}, 'lacks hidden_size'),
   ],
@@ -264,5 +267,5 @@ def test_configurations_round_trip(kind):
 
 def test_a_mixture_of_families_is_refused():
   config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
-  with pytest.raises(ValueError, match='no Hugging Face family'):
+  with pytest.raises(ValueError, match=r"'llama' has no .*qk_norm=True"):
     families.to_huggingface(config)

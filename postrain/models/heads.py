@@ -1,5 +1,6 @@
 """Heads on a language model's hidden states."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from postrain.models.layers import widened
+from postrain.models.norms import widened
 from postrain.types import Cache, Model, Params
 
 
@@ -57,11 +58,11 @@ def scalar_head(model: Model) -> Model:
       cache=cache,
     )
 
-  def internals(params: Params, tokens: Array, **how: Any) -> Any:
-    return model.internals(params['backbone'], tokens, **how)
-
-  def normalize(params: Params, residual: Array) -> Array:
-    return model.normalize(params['backbone'], residual)
+  def of_backbone(fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The same function, of the parameters with a head."""
+    if fn is None:
+      return None
+    return lambda params, *args, **how: fn(params['backbone'], *args, **how)
 
   def unembed(params: Params, hidden: Array) -> Array:
     head = params['head']
@@ -80,6 +81,6 @@ def scalar_head(model: Model) -> Model:
     hidden=hidden,
     unembed=unembed,
     logical_axes=logical_axes if model.logical_axes else None,
-    internals=internals if model.internals else None,
-    normalize=normalize if model.normalize else None,
+    internals=of_backbone(model.internals),
+    normalize=of_backbone(model.normalize),
   )

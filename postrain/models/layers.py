@@ -6,7 +6,7 @@ activations: ``batch``, ``time``, ``embed``, ``heads``, ``kv_heads``,
 ``head_dim``, ``mlp``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import math
 from typing import Any, NamedTuple
@@ -15,172 +15,18 @@ from flax import linen as nn
 from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from postrain.models import moe
+from postrain.models.attention import (
+  Level,
+  View,
+  attention,
+  rotate,
+  whole_attention,
+)
 from postrain.models.config import Config
-
-
-class View(NamedTuple):
-  """Where a kind of layer looks, and how it turns queries and keys.
-
-  ``visible[b, n, s]`` tells whether new token ``n`` sees slot ``s``, where the
-  slots are those of the past, level by level, and then the new tokens. The
-  views of several kinds of layers are stacked on a leading axis.
-  """
-
-  cos: Float[Array, '*K B N 1 half']
-  sin: Float[Array, '*K B N 1 half']
-  visible: Bool[Array, '*K B N S']
-
-
-class Level(NamedTuple):
-  """Keys and values of ``P`` sequences, each shared by ``B // P`` rows."""
-
-  keys: Float[Array, 'P K S d']
-  values: Float[Array, 'P K S d']
-
-
-def widened(dtype: Any) -> Any:
-  """At least float32: the precision of sums."""
-  return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-
-
-def rms_norm(x: Array, scale: Array, *, eps: float, kind: str = 'rms') -> Array:
-  """Scale by the root mean square: x / sqrt(mean(x²) + eps) * scale.
-
-  The families differ in the last step: 'rms' multiplies in the precision of
-  ``x``, 'rms_wide' before rounding to it, 'rms_one_plus' also, by 1 + scale.
-
-  References:
-    Zhang and Sennrich, 2019, Root Mean Square Layer Normalization,
-    arXiv:1910.07467
-  """
-  wide = x.astype(widened(x.dtype))
-  mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-  normed = wide * jax.lax.rsqrt(mean_square + eps)
-  if kind == 'rms':
-    normed = normed.astype(x.dtype)
-  scale = scale.astype(normed.dtype)
-  if kind == 'rms_one_plus':
-    scale = 1 + scale
-  return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
-
-
-def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
-  """(x - mean) / sqrt(variance + eps) * scale + bias.
-
-  References:
-    Ba et al., 2016, Layer Normalization, arXiv:1607.06450
-  """
-  wide = x.astype(widened(x.dtype))
-  centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-  variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-  normed = centered * jax.lax.rsqrt(variance + eps)
-  scale, bias = (
-    jnp.broadcast_to(v.astype(wide.dtype), x.shape) for v in (scale, bias)
-  )
-  return (normed * scale + bias).astype(x.dtype)
-
-
-def rotation(
-  positions: Int[Array, 'B N'],
-  frequencies: Float[Array, ' half'],
-  scale: float = 1.0,
-) -> tuple[Float[Array, 'B N 1 half'], Float[Array, 'B N 1 half']]:
-  """Cosine and sine of the angles position * frequency."""
-  angles = jnp.einsum(
-    'bn,i->bni', positions.astype(frequencies.dtype), frequencies
-  )
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  if scale != 1:
-    cos, sin = cos * scale, sin * scale
-  return cos[:, :, None], sin[:, :, None]
-
-
-def rotate(
-  x: Float[Array, 'B N H d'],
-  cos: Float[Array, 'B N 1 half'],
-  sin: Float[Array, 'B N 1 half'],
-) -> Float[Array, 'B N H d']:
-  """Turn the pairs (x[i], x[i + half]), the layout of Hugging Face weights.
-
-  Dimensions from 2 * half on stay as they are.
-  """
-  turned = 2 * cos.shape[-1]
-  first, second = jnp.split(x[..., :turned].astype(cos.dtype), 2, axis=-1)
-  parts = [first * cos - second * sin, second * cos + first * sin]
-  if turned < x.shape[-1]:
-    parts.append(x[..., turned:].astype(cos.dtype))
-  return jnp.concatenate(parts, axis=-1).astype(x.dtype)
-
-
-def attention(
-  query: Float[Array, 'B N H d'],
-  levels: Sequence[Level],
-  visible: Bool[Array, 'B N S'],
-  *,
-  scale: float,
-  soft_cap: float | None = None,
-) -> Float[Array, 'B N H d']:
-  """Attend over levels of shared keys with one softmax over all their slots.
-
-  softmax(cap(scale q·kᵀ)) v, with cap(x) = c tanh(x / c). A level of ``P``
-  sequences is read where it lies: its keys are multiplied with the queries of
-  all rows that share them, so that the cache of a prompt is never copied to
-  its samples.
-  """
-  batch, num_new, num_heads, head_dim = query.shape
-  wide = widened(query.dtype)
-
-  def scores(level: Level) -> Array:
-    num_rows, num_kv, num_slots, _ = level.keys.shape
-    grouped = query.reshape(num_rows, -1, num_new, num_kv,
-                            num_heads // num_kv, head_dim)  # fmt: skip
-    out = jnp.einsum('pgnkrd,pksd->pgkrns', grouped, level.keys,
-                     preferred_element_type=wide)  # fmt: skip
-    return out.reshape(batch, num_heads, num_new, num_slots)
-
-  def mix(weights: Array, level: Level) -> Array:
-    num_rows, num_kv, num_slots, _ = level.values.shape
-    grouped = weights.reshape(num_rows, -1, num_kv, num_heads // num_kv,
-                              num_new, num_slots)  # fmt: skip
-    out = jnp.einsum('pgkrns,pksd->pgnkrd', grouped, level.values,
-                     preferred_element_type=wide)  # fmt: skip
-    return out.reshape(query.shape)
-
-  logits = jnp.concatenate([scores(level) for level in levels], axis=-1)
-  logits *= scale
-  if soft_cap is not None:
-    logits = soft_cap * jnp.tanh(logits / soft_cap)
-  logits = jnp.where(visible[:, None], logits, -jnp.inf)
-  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-  start, out = 0, jnp.zeros(query.shape, wide)
-  for level in levels:
-    end = start + level.keys.shape[2]
-    out += mix(weights[..., start:end], level)
-    start = end
-  return out.astype(query.dtype)
-
-
-def whole_attention(
-  query: Float[Array, 'B N H d'],
-  key: Float[Array, 'B N K d'],
-  value: Float[Array, 'B N K d'],
-  visible: Bool[Array, 'B N N'],
-  *,
-  scale: float,
-  soft_cap: float | None = None,
-) -> Float[Array, 'B N H d']:
-  """Attend within whole sequences, in `jax.nn.dot_product_attention`."""
-  # It knows no cap, and its softmax is in float32 whatever comes in.
-  if soft_cap is not None or query.dtype == jnp.float64:
-    level = Level(key.swapaxes(1, 2), value.swapaxes(1, 2))
-    return attention(query, (level,), visible, scale=scale, soft_cap=soft_cap)
-  with jax.numpy_dtype_promotion('standard'):  # it mixes types inside
-    return jax.nn.dot_product_attention(
-      query, key, value, mask=visible[:, None], scale=scale
-    )
+from postrain.models.norms import layer_norm, rms_norm
 
 
 def used(param: Any, axes: tuple[str | None, ...], dtype: Any) -> Array:

@@ -36,6 +36,10 @@ def read(block: Mapping[str, Any]) -> dict[str, Any]:
     fields |= qwen_windows(block)
   if name == 'smollm3':
     fields |= unrotated_layers(block)
+  if name in ('llama', 'olmo2'):
+    reading.supported(block, {'use_sliding_window': (None, False)})
+    if 'layer_types' in reading.windows(block, ()):
+      raise ValueError(f'sliding_attention of {name} is not supported')
   return fields
 
 

@@ -12,7 +12,7 @@ ARCHITECTURES = {'phi3': 'Phi3ForCausalLM'}
 
 def read(block: Mapping[str, Any]) -> dict[str, Any]:
   """Fields of `Config` from a config.json."""
-  fields = reading.common(block, max_length=4096)
+  fields = reading.common(block, max_length=4096, partial=True)
   return fields | reading.all_sliding(block, default=None)
 
 

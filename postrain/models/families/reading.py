@@ -68,7 +68,7 @@ def activation(block: Mapping[str, Any], key: str) -> str:
 
 def common(
   block: Mapping[str, Any], *, max_length: int = 2048, theta: float = 10_000.0,
-  tied: bool = False,
+  tied: bool = False, partial: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
   """Fields of `Config` that every rotary family has.
 
@@ -77,11 +77,21 @@ def common(
     max_length: of the family, where the file does not say.
     theta: likewise.
     tied: likewise.
+    partial: whether the family may turn a part of each head.
+
+  Raises:
+    ValueError: a field is missing, or the model is of another kind.
   """
   require(block, REQUIRED)
   heads = block['num_attention_heads']
   length = block.get('max_position_embeddings') or max_length
   head_dim = block.get('head_dim') or block['hidden_size'] // heads
+  rotary = rope(block, rope_block(block), head_dim, length, theta)
+  if rotary['rotary_dim'] is not None and not partial:
+    raise ValueError(
+      f'partial_rotary_factor={rotary["rotary_dim"] / head_dim:g} of'
+      f' {block["model_type"]} is not supported; supported: 1'
+    )
   return dict(
     family=block['model_type'],
     vocab_size=block['vocab_size'],
@@ -95,7 +105,7 @@ def common(
     tie_embeddings=block.get('tie_word_embeddings', tied),
     activation=activation(block, 'hidden_act'),
     max_length=length,
-    **rope(block, rope_block(block), head_dim, length, theta),
+    **rotary,
   )
 
 
