@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -162,6 +163,23 @@ def sum_over_shards(
     in_specs=specs,
     out_specs=specs[0],
   )(*arrays)
+
+
+@functools.cache
+def block_writer(place: NamedSharding) -> Callable[..., jax.Array]:
+  """Make (array, block, start) -> array, which writes where the array lies.
+
+  Each device writes its own block, which lies as the array does, at the same
+  start within its shard; one program serves all devices.
+  """
+  write = jax.shard_map(
+    jax.lax.dynamic_update_slice,
+    mesh=place.mesh,
+    in_specs=(place.spec, place.spec, PartitionSpec()),
+    out_specs=place.spec,
+    check_vma=False,
+  )
+  return jax.jit(write, donate_argnums=0)
 
 
 def opt_state_shardings(

@@ -38,9 +38,7 @@ LAYERS = (
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}
 STRUCTURE = MATHEMATICS | {'flax', 'optax', 'chex'}
 APART = {'rewards', 'models', 'data'}
-COMPILERS = {
-  *('checkpoints', 'evaluation', 'hub.placing', 'sampling.engine', 'sharding'),
-}
+COMPILERS = {'checkpoints', 'evaluation', 'sampling.engine', 'sharding'}
 SHARDING_NAMES = {'Mesh', 'NamedSharding', 'PartitionSpec'}
 FORBIDDEN_WORDS = ('utils', 'helper', 'manager')
 FORBIDDEN_PREFIXES = ('compute_', 'get_')

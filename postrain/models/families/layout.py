@@ -5,6 +5,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from postrain.models.config import Config
@@ -25,6 +26,23 @@ class Part:
   param_shape: tuple[int, ...]
   perm: tuple[int, ...]
   shape: tuple[int, ...]
+
+  def gather(self, leaf: Any, out: np.ndarray) -> None:
+    """Copy its values from a parameter, shard by shard.
+
+    Indexing the whole array may sum over devices, which makes 0 of -0.
+    """
+    if not isinstance(leaf, jax.Array):
+      out[...] = leaf[self.index]
+      return
+    for shard in leaf.addressable_shards:
+      bounds = [
+        s.indices(n) for s, n in zip(shard.index, leaf.shape, strict=True)
+      ]
+      pairs = list(zip(self.index, bounds, strict=False))
+      if not shard.replica_id and all(b[0] <= i < b[1] for i, b in pairs):
+        values = shard.data[tuple(i - b[0] for i, b in pairs)]
+        out[shard.index[len(pairs) :]] = values
 
   def restored(self, value: np.ndarray) -> np.ndarray:
     """The parameter as a view of what a file has of it."""
@@ -50,8 +68,7 @@ class Tensor:
     """The tensor of a file; of parameters in shards no more is gathered."""
     out = np.empty(self.shape, leaves[self.parts[0].path].dtype)
     for part, where in self.slices():
-      leaf = leaves[part.path]
-      part.restored(out[where])[...] = leaf[part.index] if part.index else leaf
+      part.gather(leaves[part.path], part.restored(out[where]))
     return out
 
   def slices(self) -> list[tuple[Part, tuple[slice, ...]]]:
