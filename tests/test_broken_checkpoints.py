@@ -4,6 +4,7 @@ A row breaks a good directory of two files in one way, and says what the error
 must match. `HEADERS` are refused before any weight is read.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -169,6 +170,8 @@ HEADERS = {
   'layers as text': (config(num_hidden_layers='2'), "='2' must be a whole"),
   'no heads': (config(num_attention_heads=0), 'heads=0 must be a whole'),
   'half a head': (config(num_key_value_heads=1.5), 'heads=1.5 must be a whole'),
+  'null for eps': (config(rms_norm_eps=None), r'eps=None must be in \(0, 1'),
+  'tie as text': (config(tie_word_embeddings='no'), "'no' must be true or"),
   'theta as list': (config(rope_parameters=[1]), 'another kind than expected'),
   'one layer more': (config(num_hidden_layers=3), r'lacks 9 .*layers\.2'),
   'one layer less': (config(num_hidden_layers=1), r'9 unexpected .*layers\.1'),
@@ -304,3 +307,31 @@ def test_the_links_of_a_download_cache_are_followed(good, tmp_path):
     shutil.copyfile(path, tmp_path / 'blobs' / str(number))
     (snapshot / path.name).symlink_to(f'../../blobs/{number}')
   assert hub.load(snapshot).config == TINY
+
+
+ODD = (None, True, -1, 0, 2.5, 10**12, 10**400, 'x', [], [1], {}, {'a': 1})
+
+
+def test_any_field_of_the_config_may_be_odd(model):
+  block = json.loads((model / 'config.json').read_text())
+  for name in [*block, 'rope_scaling', 'attention_bias', 'layer_types']:
+    for value in ODD:
+      (model / 'config.json').write_text(json.dumps(block | {name: value}))
+      with contextlib.suppress(ValueError):
+        hub.open(model)
+
+
+def test_any_byte_of_a_header_may_be_odd(model):
+  draw = np.random.default_rng(0)
+  for name in (TWO, hub.INDEX, 'config.json'):
+    whole = (model / name).read_bytes()
+    size = (
+      8 + int.from_bytes(whole[:8], 'little') if name == TWO else len(whole)
+    )
+    for _ in range(100):
+      broken = bytearray(whole)
+      broken[draw.integers(size)] = draw.integers(256)
+      (model / name).write_bytes(broken)
+      with contextlib.suppress(ValueError):
+        hub.open(model)
+    (model / name).write_bytes(whole)

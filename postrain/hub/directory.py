@@ -30,6 +30,9 @@ COUNTS = (
   'num_key_value_heads', 'head_dim', 'max_position_embeddings', 'n_positions',
 )  # fmt: skip
 STACKS = COUNTS[:4]
+FLAGS = ('tie_word_embeddings', 'attention_bias', 'qkv_bias', 'mlp_bias',
+         'norm_topk_prob')  # fmt: skip
+SMALL = ('rms_norm_eps', 'layer_norm_epsilon')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ def open(
   block = read_json(root / 'config.json')
   generation = read_json(root / GENERATION) if GENERATION in present else None
   entries = _tensors(root)
-  _check_counts(root / 'config.json', block, len(entries))
+  _check_fields(root / 'config.json', block, len(entries))
   config = dataclasses.replace(
     _config(root / 'config.json', block), dtype=dtype, param_dtype=dtype
   )
@@ -79,7 +82,7 @@ def open(
   return Directory(root, config, block, generation, entries)
 
 
-def _check_counts(
+def _check_fields(
   path: pathlib.Path, block: Mapping[str, Any], num_tensors: int
 ) -> None:
   """Before anything of these sizes is made."""
@@ -92,6 +95,13 @@ def _check_counts(
         f'{path}: {name}={value}, and the files hold {num_tensors} tensors: it'
         ' describes another model'
       )
+  for name in FLAGS:
+    if block.get(name) not in (None, True, False):
+      raise ValueError(f'{path}: {name}={block[name]!r} must be true or false')
+  for name in SMALL:
+    value = block.get(name, 1e-6)
+    if type(value) not in (int, float) or not 0 < value < 1:
+      raise ValueError(f'{path}: {name}={value!r} must be in (0, 1)')
 
 
 def _config(path: pathlib.Path, block: Mapping[str, Any]) -> Config:
