@@ -11,7 +11,8 @@ every tensor and write them at once, with the safetensors package.
 What is shown is the most memory beyond the parameters themselves, in MiB and
 over the largest tensor of the files, the embedding. Anonymous memory is what
 the process allocated: a thread reads RssAnon of /proc/self/status each
-millisecond, and the start, after a load of a small model, is taken off.
+millisecond, and the start, after the same of a small model, is taken off; what
+compiling for the shapes of the large one takes is left in.
 Resident memory, RssAnon + RssFile, has mapped pages of the files too, which
 the system may drop whenever it needs them. Devices are CPU here, so that
 their memory is in both figures.

@@ -110,12 +110,12 @@ def test_a_window_maps_its_own_rows(tmp_path):
 
 def test_beside_the_parameters_a_few_blocks_exist(tmp_path, monkeypatch):
   """NumPy tells tracemalloc of its arrays; those of JAX lie elsewhere."""
-  config = Config(**SIZES | {'vocab_size': 2**14, 'mlp_dim': 2**14})
+  config = Config(**SIZES | {'vocab_size': 2**16, 'mlp_dim': 2**13})
   params = parameters(config)
-  largest = 4 * 2**14 * 8
+  largest = 4 * 2**16 * 8
   hub.save(tmp_path / 'a', config, params)
   place = sharding.replicated(sharding.make_mesh())
-  monkeypatch.setattr(placing, 'BLOCK_BYTES', largest // 16)
+  monkeypatch.setattr(placing, 'BLOCK_BYTES', largest // 32)
 
   def peak(fn):
     tracemalloc.reset_peak()
@@ -136,7 +136,7 @@ def test_beside_the_parameters_a_few_blocks_exist(tmp_path, monkeypatch):
   finally:
     tracemalloc.stop()
   resident = sum(x.nbytes for x in jax.tree.leaves(params))
-  assert resident > 6 * largest
+  assert resident > 2 * largest
   assert streamed < largest / 2
   assert held - resident < largest / 2
   assert exported < 2.5 * largest

@@ -11,7 +11,6 @@ from typing import Any
 
 from flax import traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from postrain import sharding
@@ -77,8 +76,8 @@ def _placed(
     for device, index in place.addressable_devices_indices_map(shape).items()
   }
   local = place.shard_shape(shape)
-  write = sharding.block_writer(place)
-  value = jnp.zeros(shape, dtype, device=place)
+  zeros, write = sharding.block_writer(place)
+  value = zeros(shape, dtype)
   for start, blocks in _blocks(
     homes, list(dict.fromkeys(windows.values())), dtype
   ):

@@ -20,6 +20,7 @@ from postrain.models.config import Config
 from postrain.models.families import Path, Tensor
 from postrain.types import Params
 
+CHUNK = 2**20  # numbers that are checked and written at a time
 NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
 TOKENIZER_FILES = (
   'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*',
@@ -139,12 +140,16 @@ def _write_file(
   with path.open('wb') as file:
     file.write(len(text).to_bytes(8, 'little') + text)
     for name, place in places.items():
-      value = place.stored(leaves)
-      if not np.isfinite(value).all():
-        raise ValueError(
-          f'{name} holds NaN or infinity: export parameters that are finite'
-        )
-      file.write(value.reshape(-1).view(np.uint8).data)
+      value = place.stored(leaves).reshape(-1)
+      for start in range(0, value.size, CHUNK):
+        chunk = value[start : start + CHUNK]
+        with np.errstate(invalid='ignore'):
+          finite = np.isfinite(chunk).all()
+        if not finite:
+          raise ValueError(
+            f'{name} holds NaN or infinity: export parameters that are finite'
+          )
+        file.write(chunk.view(np.uint8).data)
 
 
 def _shards(size: Mapping[str, int], max_bytes: int) -> list[list[str]]:

@@ -41,7 +41,8 @@ class Part:
       ]
       pairs = list(zip(self.index, bounds, strict=False))
       if not shard.replica_id and all(b[0] <= i < b[1] for i, b in pairs):
-        values = shard.data[tuple(i - b[0] for i, b in pairs)]
+        local = tuple(i - b[0] for i, b in pairs)
+        values = shard.data[local] if local else shard.data
         out[shard.index[len(pairs) :]] = values
 
   def restored(self, value: np.ndarray) -> np.ndarray:
