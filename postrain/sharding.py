@@ -168,14 +168,22 @@ def sum_over_shards(
 
 @functools.cache
 def block_writer(
-  place: NamedSharding,
+  place: Any,
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
   """Make (shape, dtype) -> zeros, and a function that writes into them.
 
   It takes an array, a block and a start and writes where the array lies: each
   device its own block, which lies as the array does, at the same start within
   its shard. One program serves all devices.
+
+  Raises:
+    ValueError: the sharding is of no mesh.
   """
+  if not isinstance(place, NamedSharding):
+    raise ValueError(
+      f'{place} is no sharding on a mesh: pass those of param_shardings, for'
+      ' one device too'
+    )
 
   def write(array: jax.Array, block: jax.Array, start: tuple) -> jax.Array:
     # As bits: XLA's CPU would take all of a bfloat16 array through float32.

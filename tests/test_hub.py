@@ -133,16 +133,29 @@ def test_tokenizer_files_travel(tmp_path, written):
   source.mkdir()
   (source / 'tokenizer.json').write_text('{}')
   (source / 'secret.txt').write_text('no')
+  templates = ('chat_template.jinja', 'additional_chat_templates/tools.jinja')
+  (source / 'additional_chat_templates').mkdir()
+  for name in templates:
+    (source / name).write_text(name)
+  (source / 'generation_config.json').write_text('{"eos_token_id": [1, 2]}')
   hub.save(tmp_path / 'a', TINY, parameters(TINY), tokenizer=source)
   assert (tmp_path / 'a' / 'tokenizer.json').read_text() == '{}'
   assert not (tmp_path / 'a' / 'secret.txt').exists()
+  for name in templates:
+    assert (tmp_path / 'a' / name).read_text() == name
+  kept = hub.load(tmp_path / 'a').generation_config
+  assert kept == {'eos_token_id': [1, 2]}
 
   class Tokenizer:
     def save_pretrained(self, path):
       (path / 'tokenizer.json').write_text('saved')
 
-  hub.save(tmp_path / 'b', TINY, parameters(TINY), tokenizer=Tokenizer())
+  hub.save(
+    tmp_path / 'b', TINY, parameters(TINY), tokenizer=Tokenizer(),
+    generation_config=kept,
+  )  # fmt: skip
   assert (tmp_path / 'b' / 'tokenizer.json').read_text() == 'saved'
+  assert hub.load(tmp_path / 'b').generation_config == kept
   with pytest.raises(ValueError, match='no tokenizer files'):
     hub.save(tmp_path / 'c', TINY, parameters(TINY), tokenizer=tmp_path / 'no')
 

@@ -33,7 +33,7 @@ KINDS = {
   ),
 }  # fmt: skip
 MESHES = {
-  'mixtral': [{}, {'fsdp': 2, 'tensor': 2, 'expert': 2}, {'expert': 2}],
+  'mixtral': [{'fsdp': 2, 'tensor': 2, 'expert': 2}, {'expert': 2}],
   'phi3': [{'data': 2, 'tensor': 2}],
   'gpt2': [{'fsdp': 4, 'tensor': 2}, {'fsdp': 2}],
 }
@@ -90,6 +90,11 @@ def test_one_sharding_serves_all_and_dtypes_are_cast(tmp_path):
   place = sharding.replicated(sharding.make_mesh())
   wide = hub.load(tmp_path / 'a', shardings=lambda model: place).params
   assert_same_bits(wide, params)
+  with pytest.raises(ValueError, match=r'is no sharding on a mesh: pass'):
+    hub.load(
+      tmp_path / 'a',
+      shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    )
   with pytest.raises(ValueError, match=r'embed_tokens.* beyond float16: use'):
     hub.load(tmp_path / 'a', dtype='float16', shardings=place)
   small = jax.tree.map(lambda x: x.astype('bfloat16').astype('float32'), params)

@@ -7,6 +7,7 @@ is read: beside the parameters themselves no more than a few blocks exist.
 
 from collections.abc import Iterator, Mapping
 import itertools
+import math
 from typing import Any
 
 from flax import traverse_util
@@ -60,7 +61,7 @@ def _held(
   """A parameter on the host."""
   value = np.empty(shape, dtype)
   whole = tuple((0, size) for size in shape)
-  for start, blocks in _blocks(homes, [whole], dtype):
+  for start, blocks in _blocks(homes, [whole], dtype, BLOCK_BYTES):
     block = blocks[whole]
     ends = zip(start, block.shape, strict=True)
     value[tuple(slice(at, at + size) for at, size in ends)] = block
@@ -71,15 +72,17 @@ def _placed(
   shape: tuple[int, ...], dtype: np.dtype, homes: Mapping[Any, Home], place: Any
 ) -> jax.Array:
   """A parameter in its shards."""
+  zeros, write = sharding.block_writer(place)
   windows = {
     device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
     for device, index in place.addressable_devices_indices_map(shape).items()
   }
   local = place.shard_shape(shape)
-  zeros, write = sharding.block_writer(place)
   value = zeros(shape, dtype)
+  # The same on every process, for they run the same programs.
+  num_windows = min(math.prod(shape) // math.prod(local), len(windows))
   for start, blocks in _blocks(
-    homes, list(dict.fromkeys(windows.values())), dtype
+    homes, list(set(windows.values())), dtype, BLOCK_BYTES // num_windows
   ):
     sizes = next(iter(blocks.values())).shape
     block = jax.make_array_from_single_device_arrays(
@@ -93,7 +96,10 @@ def _placed(
 
 
 def _blocks(
-  homes: Mapping[Any, Home], windows: list[Bounds], dtype: np.dtype
+  homes: Mapping[Any, Home],
+  windows: list[Bounds],
+  dtype: np.dtype,
+  max_bytes: int,
 ) -> Iterator[tuple[tuple[int, ...], dict[Bounds, np.ndarray]]]:
   """Where blocks begin in windows of equal size, and the block of each.
 
@@ -104,7 +110,7 @@ def _blocks(
   sizes = [stop - start for start, stop in windows[0]]
   depth, axis = len(part.index), part.perm[0]
   rows = part.shape[0] // part.param_shape[axis]
-  step = max(1, BLOCK_BYTES // (rows * entry.row_bytes * len(windows)))
+  step = max(1, max_bytes // (rows * entry.row_bytes))
   for lead in itertools.product(*map(range, sizes[:depth])):
     for low in range(0, sizes[depth + axis], step):
       high = min(low + step, sizes[depth + axis])
