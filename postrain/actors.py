@@ -107,27 +107,33 @@ def pretrained(
 ) -> Actor:
   """The model of a Hugging Face directory; see `postrain.hub`.
 
-  The weights are read at once, so that a broken file is known before anything
-  else, and placed in their shards when the run begins.
+  The headers of its files are checked at once, so that most broken ones are
+  known before anything else; the weights go into their shards when the run
+  begins.
   """
-  loaded = hub.load(directory, dtype=dtype)
-  config = dataclasses.replace(loaded.config, remat=remat)
+  opened = hub.open(directory, dtype=dtype)
+  config = dataclasses.replace(opened.config, remat=remat)
   return Actor(
     make_transformer(config),
-    lambda _, shardings: jax.device_put(loaded.params, shardings),
+    lambda _, shardings: hub.read(opened, shardings),
     config.max_length,
-    functools.partial(_export, environment, config, loaded.source),
+    functools.partial(_export, environment, config, opened),
   )
 
 
 def _export(
-  environment: Environment, config: Config, source: Any, directory: str,
-  params: Params,
+  environment: Environment, config: Config, origin: hub.Directory | None,
+  directory: str, params: Params,
 ) -> None:  # fmt: skip
   hub.save(
-    directory, config, params, source=source, tokenizer=environment.tokenizer,
+    directory,
+    config,
+    params,
+    source=origin and origin.source,
+    tokenizer=environment.tokenizer,
+    generation_config=origin and origin.generation_config,
     overwrite=True,
-  )  # fmt: skip
+  )
 
 
 def sort_policy(environment: Environment, *, embed_dim: int) -> Actor:

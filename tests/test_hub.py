@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from postrain import hub
 from postrain.models import families
-from postrain.models.transformer import Config, transformer
+from postrain.models.transformer import Config
 
 TINY = Config(
   vocab_size=13, num_layers=2, model_dim=8, mlp_dim=12, num_heads=4,
@@ -28,10 +29,12 @@ KINDS = {
 
 def parameters(config):
   """Distinct numbers in the shapes of the model."""
-  shapes = jax.eval_shape(transformer(config).init, jax.random.key(0))
   draw = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: draw.normal(size=x.shape).astype(x.dtype), shapes
+  return traverse_util.unflatten_dict(
+    {
+      path: draw.normal(size=shape).astype(config.param_dtype)
+      for path, shape in families.param_shapes(config).items()
+    }
   )
 
 
@@ -74,7 +77,7 @@ def test_a_round_trip_keeps_every_bit(tmp_path, kind, max_shard_bytes):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_half_precision_files(tmp_path, dtype):
   config = dataclasses.replace(TINY, param_dtype=dtype, dtype=dtype)
-  params = jax.jit(transformer(config).init)(jax.random.key(0))
+  params = parameters(config)
   hub.save(tmp_path / 'a', config, params)
   loaded = hub.load(tmp_path / 'a', dtype=dtype)
   assert loaded.config == config
@@ -130,16 +133,29 @@ def test_tokenizer_files_travel(tmp_path, written):
   source.mkdir()
   (source / 'tokenizer.json').write_text('{}')
   (source / 'secret.txt').write_text('no')
+  templates = ('chat_template.jinja', 'additional_chat_templates/tools.jinja')
+  (source / 'additional_chat_templates').mkdir()
+  for name in templates:
+    (source / name).write_text(name)
+  (source / 'generation_config.json').write_text('{"eos_token_id": [1, 2]}')
   hub.save(tmp_path / 'a', TINY, parameters(TINY), tokenizer=source)
   assert (tmp_path / 'a' / 'tokenizer.json').read_text() == '{}'
   assert not (tmp_path / 'a' / 'secret.txt').exists()
+  for name in templates:
+    assert (tmp_path / 'a' / name).read_text() == name
+  kept = hub.load(tmp_path / 'a').generation_config
+  assert kept == {'eos_token_id': [1, 2]}
 
   class Tokenizer:
     def save_pretrained(self, path):
       (path / 'tokenizer.json').write_text('saved')
 
-  hub.save(tmp_path / 'b', TINY, parameters(TINY), tokenizer=Tokenizer())
+  hub.save(
+    tmp_path / 'b', TINY, parameters(TINY), tokenizer=Tokenizer(),
+    generation_config=kept,
+  )  # fmt: skip
   assert (tmp_path / 'b' / 'tokenizer.json').read_text() == 'saved'
+  assert hub.load(tmp_path / 'b').generation_config == kept
   with pytest.raises(ValueError, match='no tokenizer files'):
     hub.save(tmp_path / 'c', TINY, parameters(TINY), tokenizer=tmp_path / 'no')
 

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from postrain.models.config import Config
@@ -26,14 +27,26 @@ class Part:
   perm: tuple[int, ...]
   shape: tuple[int, ...]
 
-  def stored(self, leaves: Mapping[Path, Any]) -> np.ndarray:
-    """What a file has of it."""
-    leaf = leaves[self.path]
-    param = np.asarray(leaf[self.index] if self.index else leaf)
-    return param.transpose(self.perm).reshape(self.shape)
+  def gather(self, leaf: Any, out: np.ndarray) -> None:
+    """Copy its values from a parameter, shard by shard.
+
+    Indexing the whole array may sum over devices, which makes 0 of -0.
+    """
+    if not isinstance(leaf, jax.Array):
+      out[...] = leaf[self.index]
+      return
+    for shard in leaf.addressable_shards:
+      bounds = [
+        s.indices(n) for s, n in zip(shard.index, leaf.shape, strict=True)
+      ]
+      pairs = list(zip(self.index, bounds, strict=False))
+      if not shard.replica_id and all(b[0] <= i < b[1] for i, b in pairs):
+        local = tuple(i - b[0] for i, b in pairs)
+        values = shard.data[local] if local else shard.data
+        out[shard.index[len(pairs) :]] = values
 
   def restored(self, value: np.ndarray) -> np.ndarray:
-    """The parameter as a view of what a file has of it, where it can be one."""
+    """The parameter as a view of what a file has of it."""
     permuted = [self.param_shape[axis] for axis in self.perm]
     return value.reshape(permuted).transpose(np.argsort(self.perm))
 
@@ -53,10 +66,11 @@ class Tensor:
     return tuple(shape)
 
   def stored(self, leaves: Mapping[Path, Any]) -> np.ndarray:
-    """The tensor of a file."""
-    parts = [part.stored(leaves) for part in self.parts]
-    # safetensors writes an array's memory, whatever its order is.
-    return np.ascontiguousarray(np.concatenate(parts, self.axis))
+    """The tensor of a file; of parameters in shards no more is gathered."""
+    out = np.empty(self.shape, leaves[self.parts[0].path].dtype)
+    for part, where in self.slices():
+      part.gather(leaves[part.path], part.restored(out[where]))
+    return out
 
   def slices(self) -> list[tuple[Part, tuple[slice, ...]]]:
     """Each part and where the file has it."""
@@ -66,13 +80,6 @@ class Tensor:
       out.append((part, (*[slice(None)] * self.axis, slice(start, stop))))
       start = stop
     return out
-
-  def restore(
-    self, value: np.ndarray, leaves: Mapping[Path, np.ndarray]
-  ) -> None:
-    """Write the tensor of a file into its (stacked) parameters."""
-    for part, where in self.slices():
-      leaves[part.path][part.index] = part.restored(value[where])
 
 
 def plain(*path: str, shape: tuple[int, ...]) -> Tensor:
