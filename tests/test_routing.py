@@ -1,4 +1,4 @@
-"""Routing that one pass records and another replays, and the load of experts."""
+"""Routing that one pass records and another replays; the load of experts."""
 
 import dataclasses
 import functools
@@ -17,20 +17,21 @@ from test_invariance import (
 )
 import tiny
 
-from postrain import aggregation, losses, objectives, sharding
+from postrain import aggregation, device_loop, losses, objectives, sharding
 from postrain.batches import reweigh
-from postrain.checks import check_assembly
 from postrain.couplings import with_array, with_expert_shares
+from postrain.models import moe
 from postrain.models.transformer import Config, transformer
 from postrain.rollouts import select_groups
 from postrain.sampling import sample
 from postrain.scoring import rerouted, routed_states, score, selected
 from postrain.train_step import accumulate, finish
-from postrain.types import Batch, Prompts, Samples
+from postrain.types import Batch, Model, Prompts, Samples
 
 quick_compiler = tiny.quick_compiler
 
-VOCAB, PAD, STOP, LAYERS, EXPERTS, VISITED = 13, 0, 10, 2, 4, 2
+# So many experts that the dense form is taken, which compiles fastest.
+VOCAB, PAD, STOP, LAYERS, EXPERTS, VISITED = 13, 0, 10, 2, 16, 2
 ROWS, LENGTH = 8, 10
 
 
@@ -49,6 +50,61 @@ def mixture():
     lambda x: x + 0.3 * jnp.asarray(draw.standard_normal(x.shape), x.dtype),
     params,
   )
+
+
+@functools.cache
+def averages():
+  """Two layers of experts on means over the past: it compiles fast."""
+
+  def init(key):
+    shapes = {
+      'embedding': (VOCAB, 8), 'router': (LAYERS, 8, EXPERTS),
+      'gate': (LAYERS, EXPERTS, 8, 8), 'up': (LAYERS, EXPERTS, 8, 8),
+      'down': (LAYERS, EXPERTS, 8, 8),
+    }  # fmt: skip
+    return {
+      name: 0.7 * jax.random.normal(jax.random.fold_in(key, i), shape)
+      for i, (name, shape) in enumerate(shapes.items())
+    }
+
+  def internals(
+    params, tokens, *, positions, segment_ids, cache=None, capture=(),
+    experts=None,
+  ):  # fmt: skip
+    del positions, cache, capture
+    real = (segment_ids > 0)[..., None]
+    x = params['embedding'].at[tokens].get(mode='fill', fill_value=0)
+    same = segment_ids[:, :, None] == segment_ids[:, None]
+    seen = jnp.tril(same).astype(x.dtype)
+    x = seen / seen.sum(-1, keepdims=True) @ jnp.where(real, x, 0)
+    flat, routings = x.reshape(-1, 8), []
+    for layer in range(LAYERS):
+      weights = {k: v[layer] for k, v in params.items() if k != 'embedding'}
+      given = None if experts is None else experts[:, :, layer]
+      routing = moe.route(
+        flat @ weights.pop('router'), num_selected=VISITED, normalize=True,
+        experts=None if given is None else given.reshape(-1, VISITED),
+      )  # fmt: skip
+      flat += moe.dense_mlp(
+        flat, routing.experts, routing.gates, **weights, activation=jnp.tanh
+      )
+      routings.append(routing)
+    lead = tokens.shape
+    each = [r.experts.reshape(*lead, -1) for r in routings]
+    logits = [r.logits.reshape(*lead, -1) for r in routings]
+    found = {'experts': jnp.stack(each, 2), 'router_logits': jnp.stack(logits)}
+    return flat.reshape(x.shape), None, found
+
+  model = Model(
+    init=init,
+    hidden=lambda *args, **kwargs: internals(*args, **kwargs)[:2],
+    unembed=lambda params, h: h @ params['embedding'].T,
+    empty_cache=lambda *args: None,
+    vocab_size=VOCAB,
+    internals=internals,
+    num_experts=EXPERTS,
+  )
+  return model, model.init(jax.random.key(4))
 
 
 def noisy(params, scale):
@@ -96,9 +152,9 @@ scored = jax.jit(
 )
 
 
-def inputs():
+def inputs(network=mixture):
   batch = minibatch()
-  return *mixture(), batch.tokens, batch.valid, batch.mask
+  return *network(), batch.tokens, batch.valid, batch.mask
 
 
 def test_m69_replay_of_the_natural_routing_is_the_unforced_forward():
@@ -110,9 +166,9 @@ def test_m69_replay_of_the_natural_routing_is_the_unforced_forward():
   )
   again = scored(*inputs(), experts=scores.experts, record_routing=True)
   jax.tree.map(np.testing.assert_array_equal, again, scores)
-  unforced = gradient(mixture()[1], minibatch(), None, 1)[0]
+  unforced = gradient(*mixture(), minibatch())[0]
   recorded = with_array(minibatch(), 'experts', scores.experts)
-  forced = gradient(mixture()[1], recorded, None, 1)[0]
+  forced = gradient(*mixture(), recorded)[0]
   jax.tree.map(np.testing.assert_array_equal, forced, unforced)
   assert np.all(forced['actor']['layers']['router'].any((1, 2)))
 
@@ -175,13 +231,13 @@ def test_m69_the_sampler_records_what_the_learner_would_visit():
 
 
 def test_m69_replay_narrows_the_gap_to_a_sampler_with_noisy_routers():
-  samples, arrays = rollout(1.0)
-  gaps = {}
+  samples, arrays = rollout(0.1)
+  known, gaps = (samples.experts >= 0).all((-2, -1)), {}
   for name, experts in (('none', None), ('sampler', samples.experts)):
     scores = scored(*arrays, experts=experts, record_routing=True)
     gap = scores.model_logprobs[:, 4:] - samples.model_logprobs
     gaps[name] = np.abs(gap)[samples.mask].mean()
-    assert rerouted(samples.experts, scores.experts).mean() > 0.2
+    assert rerouted(samples.experts, scores.experts)[known].mean() > 0.2
   assert 0 < gaps['sampler'] < 0.5 * gaps['none']
 
 
@@ -191,25 +247,20 @@ def test_rerouted_compares_sets_of_what_is_known():
   np.testing.assert_array_equal(rerouted(experts, others), [[0, 1, 0, 0]])
 
 
-def objective(balance_coef):
-  model, _ = mixture()
-  return objectives.policy_gradient(
-    model, loss=losses.ppo_clip, balance_coef=balance_coef, chunk_size=4
-  )
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def gradient(params, batch, balance_over, num_micro_batches):
-  """Gradient and metrics of PPO, with the loss of balance if it is over some."""
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def gradient(model, params, batch, balance_over=None, num_micro_batches=1):
+  """Gradient and metrics of PPO, with a loss of balance unless it is None."""
   if balance_over == 'minibatch':
     batch = with_expert_shares(
-      mixture()[0], params, batch, num_slices=num_micro_batches
+      model, params, batch, num_slices=num_micro_batches
     )
-  batch = reweigh(batch, aggregation=aggregation.token_mean)
-  coef = None if balance_over is None else 3.0
-  return accumulate(
-    objective(coef), {'actor': params}, {}, batch, num_micro_batches
+  objective = objectives.policy_gradient(
+    model,
+    loss=losses.ppo_clip,
+    balance_coef=None if balance_over is None else 3.0,
   )
+  batch = reweigh(batch, aggregation=aggregation.token_mean)
+  return accumulate(objective, {'actor': params}, {}, batch, num_micro_batches)
 
 
 def forced():
@@ -218,7 +269,7 @@ def forced():
 
 @functools.cache
 def expected(over):
-  found, figures = gradient(mixture()[1], forced(), over, 1)
+  found, figures = gradient(*averages(), forced(), over)
   return found, finish(figures)
 
 
@@ -236,41 +287,36 @@ def padding_columns(batch):
   return jax.tree.map(extend, batch)
 
 
-@pytest.mark.parametrize('over', ['minibatch', 'sequence'])
 @pytest.mark.parametrize(
-  ('change', 'num_micro_batches'),
+  ('change', 'num_micro_batches', 'over'),
   [
-    (lambda batch: batch, 4),
-    (padding_rows, 1),
-    (padding_columns, 1),
-    (permuted, 2),
-    (functools.partial(packed, num_slices=2), 2),
+    (lambda batch: batch, 4, 'minibatch'),
+    (padding_rows, 1, 'minibatch'),
+    (padding_columns, 1, 'sequence'),
+    (permuted, 2, 'sequence'),
+    (functools.partial(packed, num_slices=2), 2, 'minibatch'),
   ],
   ids=['4', 'padding rows', 'padding columns', 'permuted, 2', 'packed, 2'],
 )
 def test_m69_layout_changes_neither_replay_nor_balance(
-  over, change, num_micro_batches
+  change, num_micro_batches, over
 ):
-  batch = change(forced())
-  check(over, gradient(mixture()[1], batch, over, num_micro_batches))
+  check(over, gradient(*averages(), change(forced()), over, num_micro_batches))
 
 
-@pytest.mark.parametrize('over', ['minibatch', 'sequence'])
-def test_m69_devices_change_neither_replay_nor_balance(over):
-  model, params = mixture()
-  mesh = sharding.make_mesh(data=2, expert=4)
+def test_m69_devices_change_neither_replay_nor_balance():
+  mesh = sharding.make_mesh(data=8)
   with sharding.on(mesh):
-    params = jax.device_put(params, sharding.param_shardings(mesh, model))
     batch = sharding.put_rows(mesh, forced())
-    check(over, gradient(params, batch, over, 1))
+    check('minibatch', gradient(*averages(), batch, 'minibatch'))
 
 
 def test_the_loss_of_balance_is_the_mean_over_layers_and_real_tokens():
   """By hand, with shares of the minibatch and of each sequence."""
   batch = forced()
-  _, routing = jax.jit(routed_states, static_argnums=0, static_argnames='record')(
-    *inputs(), experts=batch.arrays['experts'], record=True
-  )  # fmt: skip
+  _, routing = routed_states(
+    *inputs(averages), experts=elsewhere(), record=True
+  )
   visited = np.asarray(jax.nn.one_hot(routing['experts'], EXPERTS).mean(-2))
   probs = np.asarray(jax.nn.softmax(routing['router_logits']))
   valid, totals = np.asarray(batch.valid), {'minibatch': [], 'sequence': []}
@@ -291,11 +337,37 @@ def test_the_loss_of_balance_is_the_mean_over_layers_and_real_tokens():
   assert share > 0.5
 
 
-def config(**routing):
+@pytest.mark.parametrize(
+  'replay', ['sampler', pytest.param('old', marks=pytest.mark.slow)]
+)
+def test_m69_a_run_replays_and_balances(replay):
+  """On policy: a minibatch, then one after a step."""
   config = tiny.arithmetic()
-  config.model |= dict(num_experts=EXPERTS, experts_per_token=VISITED)
-  config.routing.update(routing)
-  return config
+  config.model.update(
+    family='mixtral', num_experts=EXPERTS, experts_per_token=VISITED
+  )
+  config.sft.num_steps = 0
+  config.rl.num_iterations = 1
+  config.rl.num_minibatches = 2
+  config.routing = dict(
+    record=True, replay=replay, balance_coef=0.1, balance_over='minibatch'
+  )
+  _, figures = device_loop.run(config, seeds=jnp.arange(1))
+  assert figures['sampler/rerouted'] == 0  # one numerics
+  assert figures['sampler/logprob_gap_max'] < 1e-5
+  assert 0 < figures['policy/rerouted'] < 0.5  # of the second alone
+  assert figures['balance/loss'] > 0.5
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'), [('replay', 'old'), ('record', True), ('balance_coef', 0)]
+)
+def test_m69_a_config_for_a_dense_model_is_refused(field, value):
+  config = tiny.arithmetic()
+  config.sft.num_steps = 0
+  config.routing.update({field: value})
+  with pytest.raises(ValueError, match=f'routing.{field}=.*has no experts'):
+    device_loop.run(config, seeds=jnp.arange(1))
 
 
 def test_experts_of_prompts_of_unequal_length_are_joined():

@@ -1,0 +1,293 @@
+"""Does replaying the sampler's experts close the gap to a sampler that errs?
+
+  python experiments/routing/run.py --workdir=runs/routing
+
+Prints both tables of the README, writes results.json and gap.png. One-digit
+addition by a mixture of experts (`postrain.tasks.mixture`).
+"""
+
+import argparse
+from collections.abc import Callable
+import functools
+import json
+import os
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import base
+from postrain import tasks
+from postrain.algorithm import Algorithm, make_algorithm
+from postrain.batches import minibatch_rows
+from postrain.keys import minibatch_key, prompt_keys, run_key
+from postrain.recipe import make_recipe
+from postrain.tasks.mixture import mixture_policy, with_router_noise
+from postrain.train_step import merge, value
+from postrain.types import Model, TrainState
+
+REPLAYS = (None, 'old', 'sampler')
+NAMES = {None: 'none', 'old': 'R2, old pass', 'sampler': 'R3, sampler'}
+SCALES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+NUM_MINIBATCHES = (1, 2, 4, 8)
+NUM_PROMPTS, NUM_SAMPLES = 32, 8
+NOISE = 0.1  # of the sampler in training
+TASK = tasks.arithmetic(num_digits=1)
+
+
+class Setting(NamedTuple):
+  """The functions of a run, and the sampler's model beside the learner's."""
+
+  algorithm: Algorithm
+  sampler: Algorithm
+  model: Model
+  num_minibatches: int
+
+
+def make_setting(
+  replay: str | None, num_minibatches: int = 1, dtype: str = 'float32'
+) -> Setting:
+  """Bind a recipe; ``dtype`` is that of the sampler's activations."""
+  config = base.get_config()
+  config.environment = dict(
+    name='task', task=dict(name='arithmetic', num_digits=1)
+  )
+  config.model = dict(name='mixture')
+  config.rewards = dict(exact=dict(name='exact', weight=1.0))
+  config.routing = dict(
+    record=True, replay=replay, balance_coef=0.01, balance_over='minibatch'
+  )
+  config.sampling.num_samples = NUM_SAMPLES
+  config.sampling.max_new_tokens = TASK.completion_length
+  config.rl.num_iterations = 1
+  config.rl.num_prompts = NUM_PROMPTS
+  config.rl.num_minibatches = num_minibatches
+  config.rl.optimizer = base.adamw(learning_rate=1e-3)
+  config.sft.optimizer = base.adamw(learning_rate=4e-3)
+  config.evaluation.grader = 'exact'
+  recipe = make_recipe(config)
+  model, other = (
+    mixture_policy(
+      vocab_size=TASK.vocab_size,
+      max_length=TASK.prompt_length + TASK.completion_length,
+      dtype=each,
+    )
+    for each in ('float32', dtype)
+  )
+  algorithm, sampler = (
+    make_algorithm(recipe, m, pad_id=TASK.pad_id, stop_ids=TASK.stop_ids)
+    for m in (model, other)
+  )
+  return Setting(algorithm, sampler, model, num_minibatches)
+
+
+def draw_prompts(key: Any, number: int) -> tuple[Any, Any]:
+  return jax.vmap(TASK.prompt)(prompt_keys(key, jnp.arange(number)))
+
+
+def warm_up(setting: Setting, seed: Any, num_steps: int) -> Any:
+  """Parameters after supervised steps."""
+  algorithm = setting.algorithm
+  params = {'actor': setting.model.init(run_key(seed, 'init'))}
+  state = TrainState(jnp.int32(0), params, algorithm.sft_optimizer.init(params))
+
+  def step(state: TrainState, number: Any) -> tuple[TrainState, None]:
+    key = run_key(seed, 'demonstrations', number)
+    prompts, mask = draw_prompts(key, 64)
+    tokens, ends = TASK.solution(prompts) if TASK.solution else (prompts, mask)
+    state, _ = algorithm.imitate(
+      state,
+      jnp.concatenate([prompts, tokens], axis=1),
+      jnp.concatenate([mask, ends], axis=1),
+      jnp.pad(ends, ((0, 0), (prompts.shape[1], 0))),
+    )
+    return state, None
+
+  return jax.lax.scan(step, state, jnp.arange(num_steps))[0].params
+
+
+def roll_out(
+  setting: Setting, params: Any, seed: Any, iteration: Any, noise: Any
+) -> tuple[Any, dict[str, Any]]:
+  """A batch of the noisy sampler, and how the learner differs from it."""
+  prompts, mask = draw_prompts(run_key(seed, 'prompts', iteration), NUM_PROMPTS)
+  key = run_key(seed, 'sample', iteration)
+  noisy = {'actor': with_router_noise(params['actor'], key, scale=noise)}
+  samples = setting.sampler.sample(
+    noisy, prompts, mask, key, jnp.arange(NUM_PROMPTS)
+  )
+  repeated = jnp.repeat(prompts, NUM_SAMPLES, axis=0)
+  rewards = TASK.rewards['exact'](repeated, samples.tokens, samples.mask)
+  batch, metrics, _ = setting.algorithm.prepare(
+    params, None, prompts, mask, samples,
+    rewards.reshape(NUM_PROMPTS, NUM_SAMPLES), {},
+  )  # fmt: skip
+  ratio = batch.arrays['sampler_logprobs'] - batch.arrays['old_logprobs']
+  figures = {k: value(v) for k, v in metrics.items()}
+  return batch, {
+    'reward': rewards.mean(),
+    'rerouted': figures['sampler/rerouted'],
+    'gap': figures['sampler/logprob_gap'],
+    'kl': jnp.where(batch.mask, ratio, 0).sum() / batch.mask.sum(),
+  }
+
+
+def train(
+  setting: Setting, params: Any, seed: Any, num_iterations: int
+) -> dict[str, Any]:
+  """Figures of each iteration of GRPO against the noisy sampler."""
+  algorithm = setting.algorithm
+  state = TrainState(jnp.int32(0), params, algorithm.rl_optimizer.init(params))
+
+  def iterate(state: TrainState, iteration: Any) -> tuple[TrainState, Any]:
+    batch, figures = roll_out(setting, state.params, seed, iteration, NOISE)
+    rows = minibatch_rows(
+      minibatch_key(seed, iteration, 0), len(batch.mask),
+      setting.num_minibatches, unit_size=1,
+    )  # fmt: skip
+    state, updates = jax.lax.scan(
+      lambda state, some: algorithm.update(
+        state, batch, some, run_key(seed, 'selection', state.step)
+      ),
+      state,
+      rows,
+    )
+    updates = {k: value(v) for k, v in merge(updates).items()}
+    figures['norm'] = updates['gradient_norm']
+    figures['peak_load'] = updates['balance/peak_load']
+    return state, figures
+
+  return jax.lax.scan(iterate, state, jnp.arange(num_iterations))[1]
+
+
+def over_seeds(fn: Callable, *arguments: Any) -> Callable:
+  return jax.jit(jax.vmap(functools.partial(fn, *arguments)))
+
+
+def measure_gaps(params: Any, seeds: Any) -> list[dict[str, Any]]:
+  """The same policy beside samplers of more and more noise, without updates."""
+  rows = []
+  for dtype, scales in (('float32', SCALES), ('bfloat16', (0.0,))):
+    for replay in (None, 'sampler'):
+      setting = make_setting(replay, dtype=dtype)
+      look = jax.jit(
+        jax.vmap(
+          lambda params, seed, noise, setting=setting: roll_out(
+            setting, params, seed, 0, noise
+          )[1],
+          in_axes=(0, 0, None),
+        )
+      )
+      for noise in scales:
+        found = jax.device_get(look(params, seeds, noise))
+        means = {k: float(v.mean()) for k, v in found.items()}
+        rows.append(
+          {'dtype': dtype, 'noise': noise, 'replay': NAMES[replay], **means}
+        )
+  return rows
+
+
+def compare_training(
+  params: Any, seeds: Any, num_iterations: int
+) -> list[dict[str, Any]]:
+  """Each replay with one, two, four and eight minibatches a rollout."""
+  rows = []
+  for number in NUM_MINIBATCHES:
+    for replay in REPLAYS:
+      setting = make_setting(replay, number)
+      runs = jax.jit(
+        jax.vmap(
+          functools.partial(train, setting, num_iterations=num_iterations)
+        )
+      )
+      found = jax.device_get(runs(params, seeds))
+      last = {k: v[:, -10:].mean(-1) for k, v in found.items()}
+      rows.append(
+        {
+          'minibatches': number,
+          'replay': NAMES[replay],
+          'curve': found['reward'].mean(0).tolist(),
+          **{k: float(v.mean()) for k, v in last.items()},
+          'least': float(last['reward'].min()),
+          'most': float(last['reward'].max()),
+        }
+      )
+      print_row(rows[-1])
+  return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+  cells = [
+    f'{v:.2g}' if k == 'noise' else f'{v:.4f}' if isinstance(v, float) else v
+    for k, v in row.items()
+    if not isinstance(v, list)
+  ]
+  sys.stdout.write('| ' + ' | '.join(map(str, cells)) + ' |\n')
+  sys.stdout.flush()
+
+
+def print_head(row: dict[str, Any]) -> None:
+  names = [k for k, v in row.items() if not isinstance(v, list)]
+  sys.stdout.write('\n| ' + ' | '.join(names) + ' |\n')
+  sys.stdout.write('|' + ' --- |' * len(names) + '\n')
+
+
+def plot(path: pathlib.Path, gaps: list[dict], runs: list[dict]) -> None:
+  """The gap over the noise, and the reward over iterations."""
+  from matplotlib.figure import Figure
+
+  figure = Figure((7, 2.8), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  for name in (NAMES[None], NAMES['sampler']):
+    rows = [
+      r for r in gaps
+      if (r['replay'], r['dtype']) == (name, 'float32') and r['noise']
+    ]  # fmt: skip
+    left.loglog(
+      [r['noise'] for r in rows], [r['gap'] for r in rows], 'o-', label=name
+    )
+  left.set(xlabel='noise of the routers', ylabel='mean |gap|, nats a token')
+  for row in runs:
+    if row['minibatches'] == NUM_MINIBATCHES[-1]:
+      curve = np.convolve(row['curve'], np.ones(5) / 5, 'valid')
+      right.plot(curve, label=row['replay'])
+  right.set(xlabel='iteration', ylabel=f'reward, {NUM_MINIBATCHES[-1]} updates')
+  for panel in (left, right):
+    panel.legend(fontsize='small')
+    panel.grid(alpha=0.3)
+  figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--workdir', required=True, type=pathlib.Path)
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--warm_up', type=int, default=150)
+  parser.add_argument('--iterations', type=int, default=60)
+  flags = parser.parse_args()
+  flags.workdir.mkdir(parents=True, exist_ok=True)
+  seeds = jnp.arange(flags.seeds)
+  start = over_seeds(
+    functools.partial(warm_up, make_setting(None), num_steps=flags.warm_up)
+  )
+  params = start(seeds)
+  gaps = measure_gaps(params, seeds)
+  print_head(gaps[0])
+  for row in gaps:
+    print_row(row)
+  print_head({'minibatches': 0, 'replay': '', 'reward': 0, 'rerouted': 0,
+              'gap': 0, 'kl': 0, 'norm': 0, 'peak_load': 0, 'least': 0,
+              'most': 0})  # fmt: skip
+  runs = compare_training(params, seeds, flags.iterations)
+  results = json.dumps({'gaps': gaps, 'training': runs}, indent=1)
+  (flags.workdir / 'results.json').write_text(results)
+  plot(flags.workdir / 'gap.png', gaps, runs)
+
+
+if __name__ == '__main__':
+  main()
