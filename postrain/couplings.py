@@ -111,7 +111,7 @@ def with_expert_shares(
     batch: a whole minibatch; ``experts`` that it holds are replayed.
     num_slices: slices that run one after the other.
   """
-  check_packing(batch.packing, num_slices, batch.unit_size)
+  check_packing(batch.packing, num_slices, 1)
 
   def shares_of_rows(piece: tuple) -> Array:
     tokens, valid, packing, experts = piece

@@ -25,6 +25,7 @@ from postrain.models.transformer import Config, transformer
 from postrain.rollouts import select_groups
 from postrain.sampling import sample
 from postrain.scoring import rerouted, routed_states, score, selected
+from postrain.tasks.mixture import mixture_policy, with_router_noise
 from postrain.train_step import accumulate, finish
 from postrain.types import Batch, Model, Prompts, Samples
 
@@ -105,14 +106,6 @@ def averages():
     num_experts=EXPERTS,
   )
   return model, model.init(jax.random.key(4))
-
-
-def noisy(params, scale):
-  """The routers alone, as a sampler with errors of its own has them."""
-  layers = params['layers']
-  noise = jax.random.normal(jax.random.key(5), layers['router'].shape)
-  layers = layers | {'router': layers['router'] + scale * noise}
-  return params | {'layers': layers}
 
 
 @functools.cache
@@ -207,7 +200,8 @@ def rollout(scale):
   model, params = mixture()
   prompts = jnp.array([[3, 1, 4, 1], [0, 0, 2, 6]], jnp.int32)
   prompt_mask = jnp.array([[True] * 4, [False, False, True, True]])
-  samples = drawn(model, noisy(params, scale), prompts, prompt_mask)
+  noisy = with_router_noise(params, jax.random.key(5), scale=scale)
+  samples = drawn(model, noisy, prompts, prompt_mask)
   tokens, valid = (
     jnp.concatenate([jnp.repeat(a, GROUP, axis=0), b], axis=1)
     for a, b in ((prompts, samples.tokens), (prompt_mask, samples.mask))
@@ -231,7 +225,7 @@ def test_m69_the_sampler_records_what_the_learner_would_visit():
 
 
 def test_m69_replay_narrows_the_gap_to_a_sampler_with_noisy_routers():
-  samples, arrays = rollout(0.1)
+  samples, arrays = rollout(0.2)
   known, gaps = (samples.experts >= 0).all((-2, -1)), {}
   for name, experts in (('none', None), ('sampler', samples.experts)):
     scores = scored(*arrays, experts=experts, record_routing=True)
@@ -239,6 +233,20 @@ def test_m69_replay_narrows_the_gap_to_a_sampler_with_noisy_routers():
     gaps[name] = np.abs(gap)[samples.mask].mean()
     assert rerouted(samples.experts, scores.experts)[known].mean() > 0.2
   assert 0 < gaps['sampler'] < 0.5 * gaps['none']
+
+
+def test_noise_is_of_the_routers_alone_and_of_their_size():
+  model = mixture_policy(vocab_size=VOCAB, max_length=8)
+  assert model.num_experts == 4
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  params = jax.tree.map(lambda x: jnp.arange(x.size).reshape(x.shape) / x.size,
+                        params)  # fmt: skip
+  noisy = with_router_noise(params, jax.random.key(0), scale=0.5)
+  moved = jax.tree.map(lambda a, b: float((a - b).std()), noisy, params)
+  router = moved['layers'].pop('router')
+  assert not any(jax.tree.leaves(moved))
+  spread = float(params['layers']['router'].std())
+  assert router == pytest.approx(0.5 * spread, rel=0.2)
 
 
 def test_rerouted_compares_sets_of_what_is_known():
@@ -394,3 +402,8 @@ def test_m69_a_dense_model_is_refused():
   dense = dataclasses.replace(mixture()[0], num_experts=0)
   with pytest.raises(ValueError, match='the model has no experts'):
     score(dense, *inputs()[1:], record_routing=True)
+
+
+def test_m69_experts_of_other_tokens_are_refused():
+  with pytest.raises(ValueError, match=r'\(8, 9, 2, 2\) for tokens.*\(8, 10\)'):
+    score(*inputs(), experts=elsewhere()[:, 1:])

@@ -7,7 +7,6 @@ addition by a mixture of experts (`postrain.tasks.mixture`).
 """
 
 import argparse
-from collections.abc import Callable
 import functools
 import json
 import os
@@ -34,25 +33,23 @@ from postrain.types import Model, TrainState
 REPLAYS = (None, 'old', 'sampler')
 NAMES = {None: 'none', 'old': 'R2, old pass', 'sampler': 'R3, sampler'}
 SCALES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-NUM_MINIBATCHES = (1, 2, 4, 8)
+NUM_MINIBATCHES = (1, 8)
 NUM_PROMPTS, NUM_SAMPLES = 32, 8
+HIDDEN = ('noise', 'curve')  # in the files alone
 NOISE = 0.1  # of the sampler in training
 TASK = tasks.arithmetic(num_digits=1)
 
 
 class Setting(NamedTuple):
-  """The functions of a run, and the sampler's model beside the learner's."""
+  """The functions of a run, and its model."""
 
   algorithm: Algorithm
-  sampler: Algorithm
   model: Model
   num_minibatches: int
 
 
-def make_setting(
-  replay: str | None, num_minibatches: int = 1, dtype: str = 'float32'
-) -> Setting:
-  """Bind a recipe; ``dtype`` is that of the sampler's activations."""
+def make_setting(replay: str | None, num_minibatches: int = 1) -> Setting:
+  """Bind a recipe with this replay and so many updates a rollout."""
   config = base.get_config()
   config.environment = dict(
     name='task', task=dict(name='arithmetic', num_digits=1)
@@ -71,19 +68,14 @@ def make_setting(
   config.sft.optimizer = base.adamw(learning_rate=4e-3)
   config.evaluation.grader = 'exact'
   recipe = make_recipe(config)
-  model, other = (
-    mixture_policy(
-      vocab_size=TASK.vocab_size,
-      max_length=TASK.prompt_length + TASK.completion_length,
-      dtype=each,
-    )
-    for each in ('float32', dtype)
+  model = mixture_policy(
+    vocab_size=TASK.vocab_size,
+    max_length=TASK.prompt_length + TASK.completion_length,
   )
-  algorithm, sampler = (
-    make_algorithm(recipe, m, pad_id=TASK.pad_id, stop_ids=TASK.stop_ids)
-    for m in (model, other)
+  algorithm = make_algorithm(
+    recipe, model, pad_id=TASK.pad_id, stop_ids=TASK.stop_ids
   )
-  return Setting(algorithm, sampler, model, num_minibatches)
+  return Setting(algorithm, model, num_minibatches)
 
 
 def draw_prompts(key: Any, number: int) -> tuple[Any, Any]:
@@ -112,14 +104,17 @@ def warm_up(setting: Setting, seed: Any, num_steps: int) -> Any:
 
 
 def roll_out(
-  setting: Setting, params: Any, seed: Any, iteration: Any, noise: Any
-) -> tuple[Any, dict[str, Any]]:
+  setting: Setting, params: Any, seed: Any, iteration: Any, noise: Any,
+  rounded: bool = False,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
   """A batch of the noisy sampler, and how the learner differs from it."""
   prompts, mask = draw_prompts(run_key(seed, 'prompts', iteration), NUM_PROMPTS)
   key = run_key(seed, 'sample', iteration)
-  noisy = {'actor': with_router_noise(params['actor'], key, scale=noise)}
-  samples = setting.sampler.sample(
-    noisy, prompts, mask, key, jnp.arange(NUM_PROMPTS)
+  noisy = with_router_noise(params['actor'], key, scale=noise)
+  if rounded:  # to the bits of bfloat16
+    noisy = jax.tree.map(lambda x: jax.lax.reduce_precision(x, 8, 7), noisy)
+  samples = setting.algorithm.sample(
+    {'actor': noisy}, prompts, mask, key, jnp.arange(NUM_PROMPTS)
   )
   repeated = jnp.repeat(prompts, NUM_SAMPLES, axis=0)
   rewards = TASK.rewards['exact'](repeated, samples.tokens, samples.mask)
@@ -165,37 +160,31 @@ def train(
   return jax.lax.scan(iterate, state, jnp.arange(num_iterations))[1]
 
 
-def over_seeds(fn: Callable, *arguments: Any) -> Callable:
-  return jax.jit(jax.vmap(functools.partial(fn, *arguments)))
-
-
 def measure_gaps(params: Any, seeds: Any) -> list[dict[str, Any]]:
   """The same policy beside samplers of more and more noise, without updates."""
   rows = []
-  for dtype, scales in (('float32', SCALES), ('bfloat16', (0.0,))):
-    for replay in (None, 'sampler'):
-      setting = make_setting(replay, dtype=dtype)
-      look = jax.jit(
-        jax.vmap(
-          lambda params, seed, noise, setting=setting: roll_out(
-            setting, params, seed, 0, noise
-          )[1],
-          in_axes=(0, 0, None),
-        )
+  for replay in (None, 'sampler'):
+    setting = make_setting(replay)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def look(noise: Any, rounded: bool, setting: Any = setting) -> Any:
+      one = functools.partial(roll_out, setting, iteration=0, rounded=rounded)
+      return jax.vmap(lambda p, s: one(p, s, noise=noise)[1])(params, seeds)
+
+    for noise, rounded in (*((n, False) for n in SCALES), (0.0, True)):
+      found = jax.device_get(look(noise, rounded))
+      means = {k: float(v.mean()) for k, v in found.items()}
+      sampler = 'weights in bfloat16' if rounded else f'noise {noise}'
+      rows.append(
+        {'sampler': sampler, 'noise': noise, 'replay': NAMES[replay], **means}
       )
-      for noise in scales:
-        found = jax.device_get(look(params, seeds, noise))
-        means = {k: float(v.mean()) for k, v in found.items()}
-        rows.append(
-          {'dtype': dtype, 'noise': noise, 'replay': NAMES[replay], **means}
-        )
   return rows
 
 
 def compare_training(
   params: Any, seeds: Any, num_iterations: int
 ) -> list[dict[str, Any]]:
-  """Each replay with one, two, four and eight minibatches a rollout."""
+  """Each replay with several numbers of updates a rollout."""
   rows = []
   for number in NUM_MINIBATCHES:
     for replay in REPLAYS:
@@ -217,22 +206,24 @@ def compare_training(
           'most': float(last['reward'].max()),
         }
       )
+      if len(rows) == 1:
+        print_head(rows[0])
       print_row(rows[-1])
   return rows
 
 
 def print_row(row: dict[str, Any]) -> None:
   cells = [
-    f'{v:.2g}' if k == 'noise' else f'{v:.4f}' if isinstance(v, float) else v
+    f'{v:.4f}' if isinstance(v, float) else v
     for k, v in row.items()
-    if not isinstance(v, list)
+    if k not in HIDDEN
   ]
   sys.stdout.write('| ' + ' | '.join(map(str, cells)) + ' |\n')
   sys.stdout.flush()
 
 
 def print_head(row: dict[str, Any]) -> None:
-  names = [k for k, v in row.items() if not isinstance(v, list)]
+  names = [k for k in row if k not in HIDDEN]
   sys.stdout.write('\n| ' + ' | '.join(names) + ' |\n')
   sys.stdout.write('|' + ' --- |' * len(names) + '\n')
 
@@ -244,10 +235,7 @@ def plot(path: pathlib.Path, gaps: list[dict], runs: list[dict]) -> None:
   figure = Figure((7, 2.8), layout='constrained')
   left, right = figure.subplots(1, 2)
   for name in (NAMES[None], NAMES['sampler']):
-    rows = [
-      r for r in gaps
-      if (r['replay'], r['dtype']) == (name, 'float32') and r['noise']
-    ]  # fmt: skip
+    rows = [r for r in gaps if r['replay'] == name and r['noise']]
     left.loglog(
       [r['noise'] for r in rows], [r['gap'] for r in rows], 'o-', label=name
     )
@@ -272,17 +260,14 @@ def main() -> None:
   flags = parser.parse_args()
   flags.workdir.mkdir(parents=True, exist_ok=True)
   seeds = jnp.arange(flags.seeds)
-  start = over_seeds(
-    functools.partial(warm_up, make_setting(None), num_steps=flags.warm_up)
+  start = functools.partial(
+    warm_up, make_setting(None), num_steps=flags.warm_up
   )
-  params = start(seeds)
+  params = jax.jit(jax.vmap(start))(seeds)
   gaps = measure_gaps(params, seeds)
   print_head(gaps[0])
   for row in gaps:
     print_row(row)
-  print_head({'minibatches': 0, 'replay': '', 'reward': 0, 'rerouted': 0,
-              'gap': 0, 'kl': 0, 'norm': 0, 'peak_load': 0, 'least': 0,
-              'most': 0})  # fmt: skip
   runs = compare_training(params, seeds, flags.iterations)
   results = json.dumps({'gaps': gaps, 'training': runs}, indent=1)
   (flags.workdir / 'results.json').write_text(results)

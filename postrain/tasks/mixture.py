@@ -20,7 +20,6 @@ def mixture_policy(
   max_length: int,
   num_experts: int = 4,
   experts_per_token: int = 2,
-  dtype: str = 'float32',
 ) -> Model:
   """Make two layers of experts, 32 wide.
 
@@ -29,14 +28,12 @@ def mixture_policy(
     max_length: slots of a prompt and its completion.
     num_experts: of each layer.
     experts_per_token: that a token visits.
-    dtype: of activations; 'bfloat16' for a sampler of low precision. The
-      parameters are float32 all the same.
   """
   return transformer(
     Config(
       vocab_size=vocab_size, num_layers=2, model_dim=32, mlp_dim=64,
       num_heads=2, num_kv_heads=2, head_dim=16, max_length=max_length,
-      num_experts=num_experts, experts_per_token=experts_per_token, dtype=dtype,
+      num_experts=num_experts, experts_per_token=experts_per_token,
     )
   )  # fmt: skip
 
