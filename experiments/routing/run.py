@@ -214,7 +214,7 @@ def compare_training(
 
 def print_row(row: dict[str, Any]) -> None:
   cells = [
-    f'{v:.4f}' if isinstance(v, float) else v
+    f'{v:.3g}' if isinstance(v, float) else v
     for k, v in row.items()
     if k not in HIDDEN
   ]
