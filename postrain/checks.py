@@ -46,6 +46,8 @@ def check_assembly(
       "filter.overlong='mask', but no token ends a completion: every one would"
       " count as truncated and nothing would train; set it to 'keep'"
     )
+  if not model.num_experts:
+    _check_dense(recipe)
   shards = recipe.mesh.data * recipe.mesh.fsdp * recipe.mesh.expert
   if recipe.rl.num_iterations:
     _check_groups(recipe)
@@ -125,6 +127,17 @@ def _iteration(
   )
   rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
   algorithm.update(state, batch, rows, key)
+
+
+def _check_dense(recipe: Recipe) -> None:
+  fields = {'record': False, 'replay': None, 'balance_coef': None}
+  for field, unused in fields.items():
+    value = getattr(recipe.routing, field)
+    if value is not unused:
+      raise ValueError(
+        f'routing.{field}={value!r}, but model {recipe.model["name"]!r} has no'
+        f' experts: set it to {unused}, or take a mixture (model.num_experts)'
+      )
 
 
 def _check_groups(recipe: Recipe) -> None:

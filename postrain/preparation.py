@@ -10,7 +10,7 @@ from postrain import advantages, kl, masks, objectives, shaping
 from postrain.batches import asked, assemble, call_by_name
 from postrain.binding import bind
 from postrain.recipe import Recipe
-from postrain.scoring import score
+from postrain.scoring import Scores, rerouted, score
 from postrain.types import (
   Batch,
   Max,
@@ -61,20 +61,23 @@ def make_prepare(
     samples: Samples, rewards: Any, signals: dict[str, Any],
   ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
-    scores = score_fn(params['actor'], tokens, valid, mask)
+    replay = recipe.routing.replay
+    scores = score_fn(
+      params['actor'], tokens, valid, mask,
+      experts=samples.experts if replay == 'sampler' else None,
+      record_routing=replay == 'old' or samples.experts is not None,
+    )  # fmt: skip
     arrays = {
       'old_logprobs': scores.logprobs,
       'sampler_logprobs': behind_prompt(prompts, samples.sampler_logprobs),
     }
+    if replay is not None:
+      arrays['experts'] = (scores if replay == 'old' else samples).experts
     gap = jnp.abs(
       scores.model_logprobs - behind_prompt(prompts, samples.model_logprobs)
     )
     informative = masks.informative_groups(rewards)
-    metrics: Metrics = {
-      'sampler/logprob_gap_max': Max(jnp.where(mask, gap, 0).max()),
-      'sampler/logprob_gap': objectives.masked_mean(gap, mask),
-      'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
-    }
+    metrics = _sampler_metrics(scores, samples, gap, mask)
     if uses_reference(recipe):
       ref = score_fn(ref_params, tokens, valid, mask)
       arrays['ref_logprobs'] = ref.logprobs
@@ -121,6 +124,22 @@ def join_prompts(
 def behind_prompt(prompts: Any, values: Any) -> Any:
   """Move per-token figures of completions behind the prompt's slots."""
   return jnp.pad(values, ((0, 0), (prompts.shape[1], 0)))
+
+
+def _sampler_metrics(
+  scores: Scores, samples: Samples, gap: Any, mask: Any
+) -> Metrics:
+  """How sampler and learner differ, in log-probs and in routing."""
+  metrics: Metrics = {
+    'sampler/logprob_gap_max': Max(jnp.where(mask, gap, 0).max()),
+    'sampler/logprob_gap': objectives.masked_mean(gap, mask),
+    'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
+  }
+  if samples.experts is not None and scores.experts is not None:
+    moved = rerouted(samples.experts, scores.experts)
+    known = (samples.experts >= 0).all((-2, -1))
+    metrics['sampler/rerouted'] = objectives.masked_mean(moved, known)
+  return metrics
 
 
 def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from postrain.batches import check_packing, cut, join
+from postrain.dtypes import promoted
 from postrain.logprobs import map_time_chunks, token_entropy, token_logprobs
-from postrain.types import Model, Packing, Scalar
+from postrain.types import Cache, Model, Packing, Params, Scalar
 
 
 class Scores(NamedTuple):
@@ -17,16 +18,125 @@ class Scores(NamedTuple):
 
   ``logprobs`` and ``entropy`` are at the given temperature,
   ``model_logprobs`` at temperature 1, comparable with the sampler's.
+  ``experts`` are those that the routers select for each real token, -1 on
+  padding: the visited ones, unless others were given.
   """
 
   logprobs: Float[Array, 'B T']
   entropy: Float[Array, 'B T']
   model_logprobs: Float[Array, 'B T']
+  experts: Int[Array, 'B T L K'] | None = None
 
 
 def token_positions(valid: Bool[Array, 'B T']) -> Int[Array, 'B T']:
   """Count real tokens from 0, so that left padding moves nothing."""
   return jnp.maximum(jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def forward(
+  model: Model,
+  params: Params,
+  tokens: Int[Array, 'B N'],
+  *,
+  positions: Int[Array, 'B N'],
+  segment_ids: Int[Array, 'B N'],
+  cache: Cache | None = None,
+  experts: Int[Array, 'B N L K'] | None = None,
+  capture: tuple[str, ...] = (),
+) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]:
+  """Call `Model.hidden`, or `Model.internals` where routing is concerned.
+
+  Raises:
+    ValueError: experts are given to, or asked of, a model that has none.
+  """
+  where: Any = dict(positions=positions, segment_ids=segment_ids, cache=cache)
+  if experts is None and not capture:
+    return *model.hidden(params, tokens, **where), {}
+  if model.internals is None or not model.num_experts:
+    raise ValueError(
+      'routing is recorded, replayed or balanced, but the model has no experts:'
+      ' take a mixture of experts, or ask for none of the three'
+    )
+  return model.internals(
+    params, tokens, **where, capture=capture, experts=experts
+  )
+
+
+ROUTING = ('experts', 'router_logits')
+
+
+def routed_states(
+  model: Model,
+  params: Params,
+  tokens: Int[Array, 'B T'],
+  valid: Bool[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  packing: Packing | None = None,
+  *,
+  experts: Int[Array, 'B T L K'] | None = None,
+  record: bool = False,
+) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
+  """`hidden_states`, and how tokens were routed.
+
+  Args:
+    model: see `postrain.types.Model`.
+    params: its parameters.
+    tokens: prompt and completion.
+    valid: True on real tokens.
+    mask: True where hidden states are wanted.
+    packing: layout of the call.
+    experts: that each token visits; where negative the router chooses.
+    record: whether the second result holds 'experts' [B T L K], those that
+      each token visited, and 'router_logits' [B T L E]. They stand at the token
+      that was routed, not at the one that it predicts; on padding is anything.
+
+  Raises:
+    ValueError: the experts are of other tokens, or the model is dense.
+  """
+  if experts is not None:
+    if experts.shape[:2] != tokens.shape:
+      raise ValueError(
+        f'experts of shape {experts.shape} for tokens of shape {tokens.shape}:'
+        ' give [B T L K], for prompt and completion, -1 where none is known'
+      )
+    experts = jnp.where(valid[..., None, None], experts, -1)
+  positions, segment_ids = token_positions(valid), valid.astype(jnp.int32)
+  if packing is not None:
+    positions, segment_ids = packing.positions, packing.segment_ids
+    tokens, experts = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:])[packing.source], (tokens, experts)
+    )
+  hidden, _, routing = forward(
+    model, params, tokens, positions=positions, segment_ids=segment_ids,
+    experts=experts, capture=ROUTING if record else (),
+  )  # fmt: skip
+  if record:
+    logits = jnp.moveaxis(routing['router_logits'], 0, 2)
+    routing = {'experts': routing['experts'], 'router_logits': logits}
+  if packing is not None:
+    hidden, routing = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:])[packing.slot], (hidden, routing)
+    )
+  hidden = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the one shift
+  return jnp.where(mask[..., None], hidden, 0), routing
+
+
+def selected(routing: dict[str, Array]) -> Int[Array, 'B T L K']:
+  """The experts that routers select by themselves, others visited or not."""
+  (logits,) = promoted(routing['router_logits'])
+  return jax.lax.top_k(logits, routing['experts'].shape[-1])[1]
+
+
+def rerouted(
+  experts: Int[Array, 'B T L K'], others: Int[Array, 'B T L K']
+) -> Float[Array, 'B T']:
+  """1 on tokens that two routings send to unlike sets in some layer, else 0.
+
+  Where one of them is not known, negative, the token counts as unmoved.
+  """
+  same = jnp.sort(experts, axis=-1) == jnp.sort(others, axis=-1)
+  known = (experts >= 0) & (others >= 0)
+  return jnp.any(known & ~same, axis=(-2, -1)).astype(jnp.float32)
 
 
 def hidden_states(
@@ -43,23 +153,7 @@ def hidden_states(
   nothing there can poison the gradient of the unembedding. Packed rows are
   scattered back, so that no caller ever meets a segment id.
   """
-  if packing is None:
-    hidden, _ = model.hidden(
-      params,
-      tokens,
-      positions=token_positions(valid),
-      segment_ids=valid.astype(jnp.int32),
-    )
-  else:
-    rows, _ = model.hidden(
-      params,
-      tokens.reshape(-1)[packing.source],
-      positions=packing.positions,
-      segment_ids=packing.segment_ids,
-    )
-    hidden = rows.reshape(-1, rows.shape[-1])[packing.slot]
-  hidden = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the one shift
-  return jnp.where(mask[..., None], hidden, 0)
+  return routed_states(model, params, tokens, valid, mask, packing)[0]
 
 
 def map_logits(
@@ -91,6 +185,8 @@ def score(
   chunk_size: int = 128,
   num_slices: int = 1,
   packing: Packing | None = None,
+  experts: Int[Array, 'B T L K'] | None = None,
+  record_routing: bool = False,
 ) -> Scores:
   """Score tokens: log-prob and entropy of each position under the mask.
 
@@ -105,15 +201,21 @@ def score(
     num_slices: slices of the batch that run one after the other; it must
       divide B.
     packing: layout made for the same ``num_slices`` and units of one row.
+    experts: that each token visits; where negative the router chooses.
+    record_routing: also return the experts that the routers select.
 
   Raises:
-    ValueError: the packing was made for other slices.
+    ValueError: the packing was made for other slices, or routing is given to or
+      asked of a dense model.
   """
   check_packing(packing, num_slices, 1)
 
   def score_slice(piece: tuple) -> Scores:
-    tokens, valid, mask, packing = piece
-    hidden = hidden_states(model, params, tokens, valid, mask, packing)
+    tokens, valid, mask, packing, experts = piece
+    hidden, routing = routed_states(
+      model, params, tokens, valid, mask, packing, experts=experts,
+      record=record_routing,
+    )  # fmt: skip
 
     def figures(logits: Array, tokens: Array) -> Scores:
       plain = token_logprobs(logits, tokens)
@@ -129,9 +231,15 @@ def score(
     scores = map_logits(
       figures, model, params, hidden, tokens, chunk_size=chunk_size
     )
-    return jax.tree.map(lambda x: jnp.where(mask, x, 0), scores)
+    scores = jax.tree.map(lambda x: jnp.where(mask, x, 0), scores)
+    if not record_routing:
+      return scores
+    found = jnp.where(valid[..., None, None], selected(routing), -1)
+    return scores._replace(experts=found)
 
-  return in_slices(score_slice, (tokens, valid, mask, packing), num_slices)
+  return in_slices(
+    score_slice, (tokens, valid, mask, packing, experts), num_slices
+  )
 
 
 def in_slices(fn: Callable[[Any], Any], tree: Any, num_slices: int) -> Any:

@@ -3,7 +3,8 @@
 Axes: ``P`` prompts, ``G`` samples of each, ``B`` = P x G sequences (the samples
 of a prompt stand together), ``S`` prompt slots, ``T`` token positions (prompt
 and completion, or the completion alone where a docstring says so), ``V``
-vocabulary, ``D`` model, ``L`` layers, ``K`` kept candidates of a token.
+vocabulary, ``D`` model, ``L`` layers, ``K`` kept candidates of a token
+or experts that it visits.
 
 Alignment: a ``[B, T]`` array is indexed by the token that it describes.
 ``logprobs[:, t]`` scores ``tokens[:, t]``; position 0 holds 0.
@@ -102,6 +103,7 @@ class Model:
     internals: see `InternalsFn`; None where a network shows none.
     normalize: (params, residual) -> hidden, the final norm, so that
       unembed(normalize(residual[l])) is the policy of layer l.
+    num_experts: of each layer; 0 where the network is dense.
   """
 
   init: Callable[[Key[Array, '']], Params]
@@ -112,6 +114,7 @@ class Model:
   logical_axes: Callable[[], Params] | None = None
   internals: InternalsFn | None = None
   normalize: Callable[[Params, Array], Array] | None = None
+  num_experts: int = 0
 
 
 class Samples(NamedTuple):
@@ -120,7 +123,9 @@ class Samples(NamedTuple):
   ``sampler_logprobs`` are under the distribution that was sampled from
   (temperature and filters applied), ``model_logprobs`` under the plain model.
   ``truncated`` sequences met the length limit before a stop token. ``kept``
-  holds the candidates that the filters kept, filled up with -1.
+  holds the candidates that the filters kept, filled up with -1. ``experts``
+  holds those that each token of prompt and completion visited (``N = S + T``):
+  -1 on padding and on the last token, which the model was not run on.
   """
 
   tokens: Int[Array, 'B T']
@@ -129,6 +134,7 @@ class Samples(NamedTuple):
   model_logprobs: Float[Array, 'B T']
   truncated: Bool[Array, ' B']
   kept: Int[Array, 'B T K'] | None = None
+  experts: Int[Array, 'B N L K'] | None = None
 
 
 @flax.struct.dataclass

@@ -28,7 +28,6 @@ LATER = {
   '20, 21, 31': 'the loops of constitutions, oversight and GRPO',
   '18': 'diagnostics of reward hacking',
   '36, 44': 'recipes whose parts are 8, 29 and 37 to 40',
-  '69': 'routing replay, which needs a mixture of experts',
   '78 to 80': 'policies of inner layers and their probes',
   '81 to 84, 87 to 97, 99 to 101': 'staged pipelines and curricula',
   '104 to 106': 'search and its scaling',
@@ -108,6 +107,7 @@ METHODS = {
   67: ('variance of ratios', 'importance.product_ratio'
        ' importance.effective_sample_size'),
   68: ('off-policy sequences', 'masks.off_policy_sequences'),
+  69: ('routing replay', 'models.moe.route scoring.score scoring.rerouted'),
   70: ('kept sampling sets', 'logprobs.kept_token_logprobs'),
   71: ('entropy', 'logprobs.token_entropy'),
   72: ('covariance law', 'logprobs.token_entropy'),

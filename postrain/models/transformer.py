@@ -226,6 +226,7 @@ def transformer(config: Config) -> Model:
     logical_axes=logical_axes,
     internals=internals,
     normalize=normalize,
+    num_experts=config.num_experts,
   )
 
 
