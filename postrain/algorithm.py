@@ -22,6 +22,7 @@ from postrain import (
   objectives,
   optimizers,
 )
+from postrain.adapted import trainable
 from postrain.batches import asked, call_by_name, reweigh, take
 from postrain.binding import bind
 from postrain.couplings import with_array, with_selection
@@ -217,6 +218,7 @@ def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:
     """The reference after ``iteration`` (from 0) has updated ``params``."""
     if choices.update == 'frozen':
       return ref_params
+    params = trainable(params)
     if choices.update == 'ema':
       return jax.tree.map(
         lambda r, p: choices.decay * r + (1 - choices.decay) * p,

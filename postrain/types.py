@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from postrain.dtypes import Scalar as Scalar
 
 Params = Any  # a pytree of arrays
+Path = tuple[str, ...]  # of a leaf in nested dicts of parameters
 Cache = Any  # a pytree of arrays that only its model looks into
 
 Metrics = dict[str, Any]  # name -> Mean, Sum or Max
@@ -102,6 +103,8 @@ class Model:
     internals: see `InternalsFn`; None where a network shows none.
     normalize: (params, residual) -> hidden, the final norm, so that
       unembed(normalize(residual[l])) is the policy of layer l.
+    kernels: path of each matrix that may be a `postrain.models.lora.LowRank` ->
+      its numbers of stacked and of input axes; None where none may.
   """
 
   init: Callable[[Key[Array, '']], Params]
@@ -112,6 +115,7 @@ class Model:
   logical_axes: Callable[[], Params] | None = None
   internals: InternalsFn | None = None
   normalize: Callable[[Params, Array], Array] | None = None
+  kernels: Callable[[], dict[Path, tuple[int, int]]] | None = None
 
 
 class Samples(NamedTuple):

@@ -21,7 +21,7 @@ LAYERS = (
     *('logprobs', 'losses', 'masks', 'shaping'),
   },
   {
-    *('batches', 'couplings', 'models', 'objectives', 'optimizers'),
+    *('adapted', 'batches', 'couplings', 'models', 'objectives', 'optimizers'),
     *('sampling', 'scoring', 'sharding', 'tasks', 'train_step', 'types'),
   },
   {

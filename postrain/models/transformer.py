@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flax import linen as nn
+from flax import linen as nn, traverse_util
 from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from postrain.models.config import Config
 from postrain.models.layers import Block, Layer, normalized, used
 from postrain.models.norms import widened
 from postrain.models.rope import frequencies
-from postrain.types import Model, Params
+from postrain.types import Model, Params, Path
 
 __all__ = ['Cache', 'Config', 'transformer']
 
@@ -215,6 +215,17 @@ def transformer(config: Config) -> Model:
       is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
 
+  def kernels() -> dict[Path, tuple[int, int]]:
+    found = {}
+    for path, axes in traverse_util.flatten_dict(logical_axes()).items():
+      if axes[0] != 'layers' or len(axes) < 3 or 'experts' in axes:
+        continue
+      if axes[1] == 'width':
+        found[path] = (1, 1)
+      elif axes[-1] == 'width':
+        found[path] = (1, len(axes) - 2)
+    return found
+
   return Model(
     init=lambda key: nn.unbox(boxed(key)),
     hidden=hidden,
@@ -226,6 +237,7 @@ def transformer(config: Config) -> Model:
     logical_axes=logical_axes,
     internals=internals,
     normalize=normalize,
+    kernels=kernels,
   )
 
 
