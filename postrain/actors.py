@@ -3,14 +3,19 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
 
-from postrain import hub
+from postrain import hub, peft
+from postrain.adapted import Adapted
+from postrain.binding import check_arguments
 from postrain.environments import Environment
 from postrain.models import families
 from postrain.models.config import Config
+from postrain.models.lora import LoRA, merged
+from postrain.models.lora import lora as make_lora
 from postrain.models.transformer import transformer as make_transformer
 from postrain.tasks.sort import toy_policy
 from postrain.types import Model, Params
@@ -59,8 +64,11 @@ def transformer(
   dtype: str = 'float32',
   param_dtype: str = 'float32',
   remat: str | None = None,
+  lora: dict[str, Any] | None = None,
 ) -> Actor:
   """A decoder from scratch; see `postrain.models.config.Config`.
+
+  With ``lora``, fields of `postrain.models.lora.LoRA`, only its adapters train.
 
   Raises:
     ValueError: the family, whose layout the export will have, lacks a feature.
@@ -89,13 +97,10 @@ def transformer(
     remat=remat,
   )
   families.to_huggingface(config)  # refuses before anything is trained
-  return _from_scratch(environment, config)
-
-
-def _from_scratch(environment: Environment, config: Config) -> Actor:
   model = make_transformer(config)
   export = functools.partial(_export, environment, config, None)
-  return Actor(model, jitted_init(model), config.max_length, export)
+  actor = Actor(model, jitted_init(model), config.max_length, export)
+  return _with_lora(actor, config, lora)
 
 
 def pretrained(
@@ -104,20 +109,51 @@ def pretrained(
   directory: str,
   dtype: str = 'float32',
   remat: str | None = None,
+  lora: dict[str, Any] | None = None,
 ) -> Actor:
   """The model of a Hugging Face directory; see `postrain.hub`.
 
   The weights are read at once, so that a broken file is known before anything
-  else, and placed in their shards when the run begins.
+  else, and placed in their shards when the run begins. With ``lora``, fields of
+  `postrain.models.lora.LoRA`, they stay as they are and its adapters train.
   """
   loaded = hub.load(directory, dtype=dtype)
   config = dataclasses.replace(loaded.config, remat=remat)
-  return Actor(
+  actor = Actor(
     make_transformer(config),
     lambda _, shardings: jax.device_put(loaded.params, shardings),
     config.max_length,
     functools.partial(_export, environment, config, loaded.source),
   )
+  return _with_lora(actor, config, lora, base=directory)
+
+
+def _with_lora(
+  actor: Actor, config: Config, block: dict[str, Any] | None,
+  base: str | None = None,
+) -> Actor:  # fmt: skip
+  """Adapters on an actor, exported merged and, in 'adapter', by themselves."""
+  if block is None:
+    return actor
+  check_arguments(LoRA, block, 'model.lora')
+  choices = LoRA(**block)
+  model = make_lora(actor.model, choices)
+
+  def init(key: Any, shardings: Any) -> Params:
+    adapters = jax.jit(
+      lambda key: model.init(key).adapters, out_shardings=shardings.adapters
+    )(key)
+    return Adapted(actor.init(key, shardings.base), adapters)
+
+  def export(directory: str, params: Params) -> None:
+    if actor.export is not None:
+      actor.export(directory, merged(params, choices))
+    peft.save(
+      os.path.join(directory, 'adapter'), config, choices, params.adapters,
+      base=base,
+    )  # fmt: skip
+
+  return Actor(model, init, actor.max_length, export)
 
 
 def _export(

@@ -26,7 +26,15 @@ LAYERS = (
   },
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
-    *('metrics', 'reporting', 'rewards', 'rollouts', 'sandbox', 'thinking'),
+    *(
+      'metrics',
+      'peft',
+      'reporting',
+      'rewards',
+      'rollouts',
+      'sandbox',
+      'thinking',
+    ),
     *('tokenizers', 'workdir'),
   },
   {

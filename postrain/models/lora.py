@@ -34,7 +34,7 @@ class LoRA:
   """
 
   rank: int
-  alpha: float
+  alpha: int | float
   targets: str
   rank_stabilized: bool = False
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from flax import linen as nn, traverse_util
+from flax import linen as nn
+from flax import traverse_util
 from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
