@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 import tiny
 
-from postrain import aggregation, losses, objectives, optimizers, peft, sharding
+from postrain import (
+  aggregation,
+  hub,
+  losses,
+  objectives,
+  optimizers,
+  peft,
+  sharding,
+)
 from postrain.adapted import Adapted, bases, rejoined, trainable
 from postrain.models import wrap
 from postrain.models.heads import scalar_head
 from postrain.models.lora import LoRA, lora, merged
 from postrain.models.transformer import Config, transformer
 from postrain.train_step import make_train_step
+from postrain.trainer import Trainer
 from postrain.types import Batch, TrainState
 
 quick_compiler = tiny.quick_compiler
@@ -319,3 +328,90 @@ def test_foreign_adapters_are_refused(tmp_path):
   broken = jax.tree.map(lambda x: x * jnp.nan, params.adapters)
   with pytest.raises(ValueError, match=r'lora_A\.weight holds NaN'):
     peft.save(tmp_path, CONFIG, SPEC, broken)
+
+
+@pytest.mark.filterwarnings('ignore')  # of libraries that are not ours
+@pytest.mark.parametrize('kind', ['Qwen2', 'Phi3'])
+def test_transformers_with_peft_computes_the_same(tmp_path, kind):
+  """Both ways; Phi-3's files have query, key and value in one matrix."""
+  torch = pytest.importorskip('torch', reason='parity needs torch')
+  theirs = pytest.importorskip('peft', reason='parity needs peft')
+  transformers = pytest.importorskip('transformers')
+  config = getattr(transformers, f'{kind}Config')(
+    vocab_size=13, num_hidden_layers=2, hidden_size=16, intermediate_size=24,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+  )  # fmt: skip
+  torch.manual_seed(0)
+  network = getattr(transformers, f'{kind}ForCausalLM')(config).eval()
+  network.save_pretrained(tmp_path)
+  loaded = hub.load(tmp_path)
+  spec = LoRA(
+    rank=2, alpha=5, targets='layers/(query|value|output|up)',
+    rank_stabilized=True,
+  )  # fmt: skip
+  model = lora(loaded.model, spec)
+  params = Adapted(loaded.params, parameters(model).adapters)
+  peft.save(tmp_path / 'ours', loaded.config, spec, params.adapters)
+  adapted = theirs.PeftModel.from_pretrained(network, tmp_path / 'ours')
+  tokens = torch.tensor(np.asarray(TOKENS))
+  expected = adapted(tokens).logits.detach().numpy()
+  np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
+
+  choices = theirs.LoraConfig(
+    r=3, lora_alpha=7, target_modules='all-linear', init_lora_weights=False
+  )
+  other = theirs.get_peft_model(adapted.unload(), choices).eval()
+  other.save_pretrained(tmp_path / 'theirs')
+  spec, adapters = peft.load(tmp_path / 'theirs', loaded.config)
+  found = logits(lora(loaded.model, spec), Adapted(loaded.params, adapters))
+  expected = other(tokens).logits.detach().numpy()
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+# A whole run.
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """Two iterations on adapters, with a moving reference."""
+  config = tiny.arithmetic()
+  config.model.lora = dict(rank=2, alpha=4.0, targets='layers/(query|down)')
+  config.kl.loss_coef = 0.1
+  config.reference = dict(update='ema', decay=0.5, every=1)
+  config.evaluation.every = config.sft.num_steps = 0
+  directory = tmp_path_factory.mktemp('lora')
+  trainer = Trainer(config, str(directory))
+  return config, directory, trainer, trainer.run()
+
+
+def test_a_run_trains_adapters_only(whole):
+  _, _, trainer, state = whole
+  with sharding.on(trainer.mesh):
+    fresh = trainer._states.fresh().params['actor']
+  params = state.params['actor']
+  jax.tree.map(np.testing.assert_array_equal, params.base, fresh.base)
+  assert all(np.any(x != 0) for x in jax.tree.leaves(params.adapters))
+  assert state.ref_params.base is None
+  assert jax.tree.structure(state.ref_params) == jax.tree.structure(
+    trainable(params)
+  )
+
+
+def test_a_restored_run_has_its_base_from_one_file(whole):
+  config, directory, _, state = whole
+  again = Trainer(config, str(directory)).run()
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+  names = sorted(p.name for p in (directory / 'checkpoints').iterdir())
+  assert names == ['2', 'base']
+
+
+def test_a_run_exports_the_merged_model_and_the_adapter(whole):
+  _, directory, _, state = whole
+  exported = hub.load(directory / 'export')
+  found, adapters = peft.load(directory / 'export' / 'adapter', exported.config)
+  params = state.params['actor']
+  jax.tree.map(np.testing.assert_array_equal, adapters, params.adapters)
+  assert found.targets == 'layers/down|layers/query'
+  whole_params = merged(params, found)
+  jax.tree.map(np.testing.assert_array_equal, exported.params, whole_params)

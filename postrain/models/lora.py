@@ -106,7 +106,7 @@ def lora(model: Model, adapters: LoRA) -> Model:
 
   def logical_axes() -> Params:
     axes: Any = model.logical_axes and model.logical_axes()
-    flat = traverse_util.flatten_dict(axes)
+    flat: dict[Path, Any] = traverse_util.flatten_dict(axes)
     drawn = {
       path: _axes(flat[path], *numbers) for path, numbers in chosen.items()
     }

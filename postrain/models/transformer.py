@@ -217,14 +217,13 @@ def transformer(config: Config) -> Model:
     )
 
   def kernels() -> dict[Path, tuple[int, int]]:
+    # What reads the residual stream, and what adds to it.
     found = {}
-    for path, axes in traverse_util.flatten_dict(logical_axes()).items():
-      if axes[0] != 'layers' or len(axes) < 3 or 'experts' in axes:
-        continue
-      if axes[1] == 'width':
-        found[path] = (1, 1)
-      elif axes[-1] == 'width':
-        found[path] = (1, len(axes) - 2)
+    flat: dict[Path, Any] = traverse_util.flatten_dict(logical_axes())
+    for path, axes in flat.items():
+      matrix = axes[0] == 'layers' and len(axes) > 2 and 'experts' not in axes
+      if matrix and 'width' in (axes[1], axes[-1]):
+        found[path] = (1, 1 if axes[1] == 'width' else len(axes) - 2)
     return found
 
   return Model(
