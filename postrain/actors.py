@@ -4,7 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -17,6 +17,7 @@ from postrain.models.config import Config
 from postrain.models.lora import LoRA, merged
 from postrain.models.lora import lora as make_lora
 from postrain.models.transformer import transformer as make_transformer
+from postrain.quantization import quantized, stored
 from postrain.tasks.sort import toy_policy
 from postrain.types import Model, Params
 
@@ -65,10 +66,12 @@ def transformer(
   param_dtype: str = 'float32',
   remat: str | None = None,
   lora: dict[str, Any] | None = None,
+  quantize: Literal['int8', 'nf4'] | None = None,
 ) -> Actor:
   """A decoder from scratch; see `postrain.models.config.Config`.
 
-  With ``lora``, fields of `postrain.models.lora.LoRA`, only its adapters train.
+  With ``lora``, fields of `postrain.models.lora.LoRA`, only its adapters train,
+  and ``quantize`` stores what they adapt in fewer bits.
 
   Raises:
     ValueError: the family, whose layout the export will have, lacks a feature.
@@ -97,7 +100,7 @@ def transformer(
     remat=remat,
   )
   families.to_huggingface(config)  # refuses before anything is trained
-  model = make_transformer(config)
+  model = _model(config, lora, quantize)
   export = functools.partial(_export, environment, config, None)
   actor = Actor(model, jitted_init(model), config.max_length, export)
   return _with_lora(actor, config, lora)
@@ -110,22 +113,44 @@ def pretrained(
   dtype: str = 'float32',
   remat: str | None = None,
   lora: dict[str, Any] | None = None,
+  quantize: Literal['int8', 'nf4'] | None = None,
 ) -> Actor:
   """The model of a Hugging Face directory; see `postrain.hub`.
 
   The weights are read at once, so that a broken file is known before anything
   else, and placed in their shards when the run begins. With ``lora``, fields of
-  `postrain.models.lora.LoRA`, they stay as they are and its adapters train.
+  `postrain.models.lora.LoRA`, they stay as they are and its adapters train;
+  ``quantize`` stores them in fewer bits.
   """
   loaded = hub.load(directory, dtype=dtype)
   config = dataclasses.replace(loaded.config, remat=remat)
+  model = _model(config, lora, quantize)
+
+  def init(_: Any, shardings: Any) -> Params:
+    params = loaded.params
+    if quantize is not None:  # matrix by matrix, the whole stays on the host
+      params = stored(model, params, quantize)
+    return jax.device_put(params, shardings)
+
   actor = Actor(
-    make_transformer(config),
-    lambda _, shardings: jax.device_put(loaded.params, shardings),
+    model,
+    init,
     config.max_length,
     functools.partial(_export, environment, config, loaded.source),
   )
   return _with_lora(actor, config, lora, base=directory)
+
+
+def _model(config: Config, lora: Any, quantize: Any) -> Model:
+  model = make_transformer(config)
+  if quantize is None:
+    return model
+  if lora is None:
+    raise ValueError(
+      f'model.quantize={quantize!r} without model.lora: what is quantised is'
+      ' not trained; give it adapters, dict(rank=..., alpha=..., targets=...)'
+    )
+  return quantized(model, quantize)
 
 
 def _with_lora(

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from postrain.adapted import bases, rejoined, trainable
@@ -53,7 +54,7 @@ class Checkpoints:
     frozen = bases(state)
     if frozen and not os.path.exists(self._base):
       with ocp.StandardCheckpointer() as once:
-        once.save(self._base, frozen)
+        once.save(self._base, jax.tree.map(_wide, frozen))
     saved = self._manager.save(
       step, args=ocp.args.StandardSave(trainable(state))
     )
@@ -80,14 +81,26 @@ class Checkpoints:
     state = self._manager.restore(step, args=ocp.args.StandardRestore(trained))
     if not frozen:
       return state
+    wide = jax.tree.map(_wide, frozen)
     with ocp.StandardCheckpointer() as once:
       stored: Any = once.metadata(self._base).item_metadata
-      _check(f'the base of {where}', stored.tree, frozen)
-      return rejoined(state, once.restore(self._base, frozen))
+      _check(f'the base of {where}', stored.tree, wide)
+      base = once.restore(self._base, wide)
+    base = jax.tree.map(lambda x, like: x.astype(like.dtype), base, frozen)
+    return rejoined(state, base)
 
   def close(self) -> None:
     """Wait for what is under way and release the directory."""
     self._manager.close()
+
+
+def _wide(leaf: Any) -> Any:
+  """A leaf, or its shape, in a type that can be stored: uint4 cannot."""
+  if leaf.dtype != jnp.uint4:
+    return leaf
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return leaf.update(dtype=jnp.uint8)
+  return leaf.astype(jnp.uint8)
 
 
 def _check(where: str, stored_tree: Any, like: Any) -> None:

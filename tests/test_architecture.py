@@ -26,16 +26,8 @@ LAYERS = (
   },
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
-    *(
-      'metrics',
-      'peft',
-      'reporting',
-      'rewards',
-      'rollouts',
-      'sandbox',
-      'thinking',
-    ),
-    *('tokenizers', 'workdir'),
+    *('metrics', 'peft', 'quantization', 'reporting', 'rewards', 'rollouts'),
+    *('sandbox', 'thinking', 'tokenizers', 'workdir'),
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),

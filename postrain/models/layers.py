@@ -26,7 +26,7 @@ from postrain.models.attention import (
   whole_attention,
 )
 from postrain.models.config import Config
-from postrain.models.lora import LowRank
+from postrain.models.lora import LowRank, Stored
 from postrain.models.norms import layer_norm, rms_norm
 
 
@@ -43,11 +43,15 @@ def used(param: Any, axes: tuple[str | None, ...], dtype: Any) -> Any:
       used(param.a, (*axes[:num_inputs], None), dtype),
       used(param.b, (None, *axes[num_inputs:]), dtype),
     )
+  if isinstance(param, Stored):
+    return param
   axes = tuple('embed' if axis == 'width' else axis for axis in axes)
   return with_logical_constraint(jnp.asarray(param, dtype), axes)
 
 
-def product(x: Array, kernel: Array | LowRank, *, num_inputs: int = 1) -> Array:
+def product(
+  x: Array, kernel: Array | LowRank | Stored, *, num_inputs: int = 1
+) -> Array:
   """Sum over the last ``num_inputs`` axes of x and the first of the kernel.
 
   Batch and time are merged for it: the gradient of a kernel that sums over two
@@ -57,6 +61,13 @@ def product(x: Array, kernel: Array | LowRank, *, num_inputs: int = 1) -> Array:
     low = product(x, kernel.a, num_inputs=num_inputs)
     whole = product(x, kernel.kernel, num_inputs=num_inputs)
     return whole + product(low, kernel.b)
+  if isinstance(kernel, Stored):
+    # Checkpointed as one, or the restored kernels of all layers would be kept.
+    return jax.checkpoint(
+      lambda x, form: product(
+        x, kernel.restore(form).astype(x.dtype), num_inputs=num_inputs
+      )
+    )(x, kernel.form)
   lead, outputs = x.shape[:-num_inputs], kernel.shape[num_inputs:]
   size = math.prod(outputs)
   out = x.reshape(-1, kernel.size // size) @ kernel.reshape(-1, size)

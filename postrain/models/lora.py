@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import zlib
 
 from flax import traverse_util
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
@@ -61,6 +62,18 @@ class LoRA:
     return self.alpha / self.rank ** (0.5 if self.rank_stabilized else 1)
 
 
+@flax.struct.dataclass
+class Stored:
+  """A frozen kernel in another form, of fewer bits: kernel = restore(form)."""
+
+  form: Any
+  restore: Callable[[Any], Array] = flax.struct.field(pytree_node=False)
+
+  shape = property(lambda self: self.form.shape)
+  ndim = property(lambda self: self.form.ndim)
+  dtype = property(lambda self: self.form.dtype)
+
+
 class LowRank(NamedTuple):
   """A kernel and what is added to it, in the place of the kernel.
 
@@ -108,7 +121,9 @@ def lora(model: Model, adapters: LoRA) -> Model:
     axes: Any = model.logical_axes and model.logical_axes()
     flat: dict[Path, Any] = traverse_util.flatten_dict(axes)
     drawn = {
-      path: _axes(flat[path], *numbers) for path, numbers in chosen.items()
+      # All arrays of a stored kernel have its axes.
+      path: _axes(jax.tree.leaves(flat[path], is_leaf=_is_tuple)[0], *numbers)
+      for path, numbers in chosen.items()
     }
     return Adapted(axes, traverse_util.unflatten_dict(drawn))
 
@@ -141,13 +156,18 @@ def merged(params: Adapted, adapters: LoRA) -> Params:
       low.a.reshape(*stacked, -1, rank), low.b.reshape(*stacked, rank, -1),
       precision='highest',
     ).reshape(low.kernel.shape)  # fmt: skip
-    wide = jnp.asarray(low.kernel, change.dtype) + change
-    return wide.astype(low.kernel.dtype)
+    kernel = restored(low.kernel)
+    return (kernel.astype(change.dtype) + change).astype(kernel.dtype)
+
+  def restored(kernel: Any) -> Array:
+    if isinstance(kernel, Stored):
+      return kernel.restore(kernel.form)
+    return jnp.asarray(kernel)
 
   return jax.tree.map(
-    lambda node: add(node) if isinstance(node, LowRank) else node,
+    lambda node: add(node) if isinstance(node, LowRank) else restored(node),
     _beside(params, adapters),
-    is_leaf=lambda node: isinstance(node, LowRank),
+    is_leaf=lambda node: isinstance(node, LowRank | Stored),
   )
 
 
@@ -206,3 +226,7 @@ def _axes(
     'a': (*kernel[:end], None),
     'b': (*kernel[:num_stacked], None, *kernel[end:]),
   }
+
+
+def _is_tuple(node: Any) -> bool:
+  return isinstance(node, tuple)
