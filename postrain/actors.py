@@ -99,6 +99,12 @@ def transformer(
     param_dtype=param_dtype,
     remat=remat,
   )
+  return _from_scratch(environment, config, lora, quantize)
+
+
+def _from_scratch(
+  environment: Environment, config: Config, lora: Any, quantize: Any
+) -> Actor:
   families.to_huggingface(config)  # refuses before anything is trained
   model = _model(config, lora, quantize)
   export = functools.partial(_export, environment, config, None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import math
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ def stored(
   qwix = _qwix()
   kernels: dict[Path, Any] = (model.kernels or dict)()
 
-  def store(path: Path, leaf: Any) -> Any:
+  def store(path: Any, leaf: Any) -> Any:
     if path not in kernels:
       return leaf
     last = sum(kernels[path]) - 1  # of the inputs
@@ -88,9 +89,8 @@ def stored(
 @functools.cache
 def _qwix() -> Any:
   try:
-    import qwix
-  except ImportError as error:
+    return importlib.import_module('qwix')
+  except ModuleNotFoundError as error:
     raise ValueError(
-      'a quantised base needs Qwix: pip install "postrain[quantization]"'
+      f"{error.name} is not installed: pip install 'postrain[quantization]'"
     ) from error
-  return qwix
