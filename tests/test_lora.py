@@ -11,7 +11,9 @@ import pytest
 import tiny
 
 from postrain import (
+  actors,
   aggregation,
+  environments,
   hub,
   losses,
   objectives,
@@ -20,6 +22,7 @@ from postrain import (
   sharding,
 )
 from postrain.adapted import Adapted, bases, rejoined, trainable
+from postrain.binding import bind
 from postrain.models import wrap
 from postrain.models.heads import scalar_head
 from postrain.models.lora import LoRA, lora, merged
@@ -415,3 +418,23 @@ def test_a_run_exports_the_merged_model_and_the_adapter(whole):
   assert found.targets == 'layers/down|layers/query'
   whole_params = merged(params, found)
   jax.tree.map(np.testing.assert_array_equal, exported.params, whole_params)
+
+
+def test_a_pretrained_base_is_what_the_files_have(tmp_path):
+  loaded = drawn(jax.eval_shape(transformer(CONFIG).init, KEY))
+  hub.save(tmp_path, CONFIG, loaded)
+  recipe = tiny.sort()
+  environment = bind(environments, recipe.environment.to_dict())(
+    0, recipe.rewards.to_dict()
+  )
+  actor = actors.pretrained(
+    environment, directory=str(tmp_path), lora=dataclasses.asdict(SPEC)
+  )
+  placed = sharding.param_shardings(sharding.make_mesh(fsdp=2), actor.model)
+  params = actor.init(KEY, placed)
+  jax.tree.map(np.testing.assert_array_equal, params.base, loaded)
+  assert params.base['embedding'].sharding.spec[1] == 'fsdp'
+  with pytest.raises(ValueError, match=r"model\.lora .*'ranks'"):
+    actors.pretrained(
+      environment, directory=str(tmp_path), lora=dict(ranks=2, alpha=1.0)
+    )
