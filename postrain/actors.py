@@ -3,15 +3,21 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+import os
+from typing import Any, Literal
 
 import jax
 
-from postrain import hub
+from postrain import hub, peft
+from postrain.adapted import Adapted
+from postrain.binding import check_arguments
 from postrain.environments import Environment
 from postrain.models import families
 from postrain.models.config import Config
+from postrain.models.lora import LoRA, merged
+from postrain.models.lora import lora as make_lora
 from postrain.models.transformer import transformer as make_transformer
+from postrain.quantization import quantized, stored
 from postrain.tasks.sort import toy_policy
 from postrain.types import Model, Params
 
@@ -59,8 +65,13 @@ def transformer(
   dtype: str = 'float32',
   param_dtype: str = 'float32',
   remat: str | None = None,
+  lora: dict[str, Any] | None = None,
+  quantize: Literal['int8', 'nf4'] | None = None,
 ) -> Actor:
   """A decoder from scratch; see `postrain.models.config.Config`.
+
+  With ``lora``, fields of `postrain.models.lora.LoRA`, only its adapters train,
+  and ``quantize`` stores what they adapt in fewer bits.
 
   Raises:
     ValueError: the family, whose layout the export will have, lacks a feature.
@@ -88,14 +99,17 @@ def transformer(
     param_dtype=param_dtype,
     remat=remat,
   )
+  return _from_scratch(environment, config, lora, quantize)
+
+
+def _from_scratch(
+  environment: Environment, config: Config, lora: Any, quantize: Any
+) -> Actor:
   families.to_huggingface(config)  # refuses before anything is trained
-  return _from_scratch(environment, config)
-
-
-def _from_scratch(environment: Environment, config: Config) -> Actor:
-  model = make_transformer(config)
+  model = _model(config, lora, quantize)
   export = functools.partial(_export, environment, config, None)
-  return Actor(model, jitted_init(model), config.max_length, export)
+  actor = Actor(model, jitted_init(model), config.max_length, export)
+  return _with_lora(actor, config, lora)
 
 
 def pretrained(
@@ -104,21 +118,73 @@ def pretrained(
   directory: str,
   dtype: str = 'float32',
   remat: str | None = None,
+  lora: dict[str, Any] | None = None,
+  quantize: Literal['int8', 'nf4'] | None = None,
 ) -> Actor:
   """The model of a Hugging Face directory; see `postrain.hub`.
 
   The headers of its files are checked at once, so that most broken ones are
   known before anything else; the weights go into their shards when the run
-  begins.
+  begins. With ``lora``, fields of `postrain.models.lora.LoRA`, they stay as they
+  are and its adapters train; ``quantize`` stores them in fewer bits.
   """
   opened = hub.open(directory, dtype=dtype)
   config = dataclasses.replace(opened.config, remat=remat)
-  return Actor(
-    make_transformer(config),
-    lambda _, shardings: hub.read(opened, shardings),
+  model = _model(config, lora, quantize)
+
+  def init(_: Any, shardings: Any) -> Params:
+    if quantize is None:
+      return hub.read(opened, shardings)
+    # Matrix by matrix: the whole stays on the host.
+    return jax.device_put(stored(model, hub.read(opened), quantize), shardings)
+
+  actor = Actor(
+    model,
+    init,
     config.max_length,
     functools.partial(_export, environment, config, opened),
   )
+  return _with_lora(actor, config, lora, base=directory)
+
+
+def _model(config: Config, lora: Any, quantize: Any) -> Model:
+  model = make_transformer(config)
+  if quantize is None:
+    return model
+  if lora is None:
+    raise ValueError(
+      f'model.quantize={quantize!r} without model.lora: what is quantised is'
+      ' not trained; give it adapters, dict(rank=..., alpha=..., targets=...)'
+    )
+  return quantized(model, quantize)
+
+
+def _with_lora(
+  actor: Actor, config: Config, block: dict[str, Any] | None,
+  base: str | None = None,
+) -> Actor:  # fmt: skip
+  """Adapters on an actor, exported merged and, in 'adapter', by themselves."""
+  if block is None:
+    return actor
+  check_arguments(LoRA, block, 'model.lora')
+  choices = LoRA(**block)
+  model = make_lora(actor.model, choices)
+
+  def init(key: Any, shardings: Any) -> Params:
+    adapters = jax.jit(
+      lambda key: model.init(key).adapters, out_shardings=shardings.adapters
+    )(key)
+    return Adapted(actor.init(key, shardings.base), adapters)
+
+  def export(directory: str, params: Params) -> None:
+    if actor.export is not None:
+      actor.export(directory, merged(params, choices))
+    peft.save(
+      os.path.join(directory, 'adapter'), config, choices, params.adapters,
+      base=base,
+    )  # fmt: skip
+
+  return Actor(model, init, actor.max_length, export)
 
 
 def _export(

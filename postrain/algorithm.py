@@ -22,6 +22,7 @@ from postrain import (
   objectives,
   optimizers,
 )
+from postrain.adapted import trainable
 from postrain.batches import asked, reweigh, take
 from postrain.binding import bind
 from postrain.couplings import (
@@ -242,6 +243,7 @@ def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:
     """The reference after ``iteration`` (from 0) has updated ``params``."""
     if choices.update == 'frozen':
       return ref_params
+    params = trainable(params)
     if choices.update == 'ema':
       return jax.tree.map(
         lambda r, p: choices.decay * r + (1 - choices.decay) * p,

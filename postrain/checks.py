@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain import advantages
+from postrain.adapted import trainable
 from postrain.algorithm import Algorithm
 from postrain.binding import bind
 from postrain.environments import Environment
@@ -105,7 +106,8 @@ def _iteration(
   """One rollout and its first update, on whatever prompts."""
   key = jax.random.key(seed)
   params = {'actor': model.init(key)}
-  reference = params['actor'] if algorithm.uses_reference else None
+  trained = trainable(params)
+  reference = trained['actor'] if algorithm.uses_reference else None
   shape = (recipe.rl.num_prompts, environment.prompt_length)
   prompts, mask = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
   samples = algorithm.sample(
@@ -123,7 +125,7 @@ def _iteration(
     params, reference, prompts, mask, samples, rewards, signals
   )
   state = TrainState(
-    jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
+    jnp.int32(0), params, algorithm.rl_optimizer.init(trained), reference
   )
   rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
   algorithm.update(state, batch, rows, key)

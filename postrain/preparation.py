@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from postrain import advantages, kl, masks, objectives, shaping
+from postrain.adapted import bases, rejoined
 from postrain.batches import asked, assemble, call_by_name
 from postrain.binding import bind
 from postrain.recipe import Recipe
@@ -79,7 +80,8 @@ def make_prepare(
     informative = masks.informative_groups(rewards)
     metrics = _sampler_metrics(scores, samples, gap, mask)
     if uses_reference(recipe):
-      ref = score_fn(ref_params, tokens, valid, mask)
+      reference = rejoined(ref_params, bases(params['actor']))
+      ref = score_fn(reference, tokens, valid, mask)
       arrays['ref_logprobs'] = ref.logprobs
       figures = {'logprobs': scores.logprobs, 'ref_logprobs': ref.logprobs}
       metrics |= _reference_metrics(figures, mask)

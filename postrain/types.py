@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from postrain.dtypes import Scalar as Scalar
 
 Params = Any  # a pytree of arrays
+Path = tuple[str, ...]  # of a leaf in nested dicts of parameters
 Cache = Any  # a pytree of arrays that only its model looks into
 
 Metrics = dict[str, Any]  # name -> Mean, Sum or Max
@@ -104,6 +105,8 @@ class Model:
     normalize: (params, residual) -> hidden, the final norm, so that
       unembed(normalize(residual[l])) is the policy of layer l.
     num_experts: of each layer; 0 where the network is dense.
+    kernels: path of each matrix that may be a `postrain.models.lora.LowRank` ->
+      its numbers of stacked and of input axes; None where none may.
   """
 
   init: Callable[[Key[Array, '']], Params]
@@ -115,6 +118,7 @@ class Model:
   internals: InternalsFn | None = None
   normalize: Callable[[Params, Array], Array] | None = None
   num_experts: int = 0
+  kernels: Callable[[], dict[Path, tuple[int, int]]] | None = None
 
 
 class Samples(NamedTuple):

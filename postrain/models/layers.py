@@ -26,25 +26,48 @@ from postrain.models.attention import (
   whole_attention,
 )
 from postrain.models.config import Config
+from postrain.models.lora import LowRank, Stored
 from postrain.models.norms import layer_norm, rms_norm
 
 
-def used(param: Any, axes: tuple[str | None, ...], dtype: Any) -> Array:
+def used(param: Any, axes: tuple[str | None, ...], dtype: Any) -> Any:
   """A parameter as a layer multiplies it: whole along the residual stream.
 
   Without this the partitioner of a sharded ``width`` moves activations around
   instead of gathering the parameter.
   """
+  if isinstance(param, LowRank):
+    num_inputs = param.a.ndim - 1
+    return LowRank(
+      used(param.kernel, axes, dtype),
+      used(param.a, (*axes[:num_inputs], None), dtype),
+      used(param.b, (None, *axes[num_inputs:]), dtype),
+    )
+  if isinstance(param, Stored):
+    return param
   axes = tuple('embed' if axis == 'width' else axis for axis in axes)
   return with_logical_constraint(jnp.asarray(param, dtype), axes)
 
 
-def product(x: Array, kernel: Array, *, num_inputs: int = 1) -> Array:
+def product(
+  x: Array, kernel: Array | LowRank | Stored, *, num_inputs: int = 1
+) -> Array:
   """Sum over the last ``num_inputs`` axes of x and the first of the kernel.
 
   Batch and time are merged for it: the gradient of a kernel that sums over two
   axes takes three times as long on XLA's CPU backend.
   """
+  if isinstance(kernel, LowRank):
+    low = product(x, kernel.a, num_inputs=num_inputs)
+    whole = product(x, kernel.kernel, num_inputs=num_inputs)
+    return whole + product(low, kernel.b)
+  if isinstance(kernel, Stored):
+    # Checkpointed as one, or the restored kernels of all layers would be kept.
+    return jax.checkpoint(
+      lambda x, form: product(
+        x, kernel.restore(form).astype(x.dtype), num_inputs=num_inputs
+      )
+    )(x, kernel.form)
   lead, outputs = x.shape[:-num_inputs], kernel.shape[num_inputs:]
   size = math.prod(outputs)
   out = x.reshape(-1, kernel.size // size) @ kernel.reshape(-1, size)
@@ -85,7 +108,7 @@ class Block(nn.Module):
     self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...],
     init: Any = None, num_inputs: int = 1, scale: float = 1.0,
     num_stacked: int = 0,
-  ) -> Array:  # fmt: skip
+  ) -> Any:  # fmt: skip
     """A parameter in the compute dtype; variance scale² / inputs."""
     config = self.config
     if init is None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from postrain.models.config import Config
 from postrain.models.layers import Block, Layer, normalized, used
 from postrain.models.norms import widened
 from postrain.models.rope import frequencies
-from postrain.types import Model, Params
+from postrain.types import Model, Params, Path
 
 __all__ = ['Cache', 'Config', 'transformer']
 
@@ -215,6 +216,16 @@ def transformer(config: Config) -> Model:
       is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
 
+  def kernels() -> dict[Path, tuple[int, int]]:
+    # What reads the residual stream, and what adds to it.
+    found = {}
+    flat: dict[Path, Any] = traverse_util.flatten_dict(logical_axes())
+    for path, axes in flat.items():
+      matrix = axes[0] == 'layers' and len(axes) > 2 and 'experts' not in axes
+      if matrix and 'width' in (axes[1], axes[-1]):
+        found[path] = (1, 1 if axes[1] == 'width' else len(axes) - 2)
+    return found
+
   return Model(
     init=lambda key: nn.unbox(boxed(key)),
     hidden=hidden,
@@ -227,6 +238,7 @@ def transformer(config: Config) -> Model:
     internals=internals,
     normalize=normalize,
     num_experts=config.num_experts,
+    kernels=kernels,
   )
 
 
