@@ -40,7 +40,10 @@ class Pretrained:
 
 
 def load(
-  directory: str | os.PathLike[str], *, dtype: str = 'float32'
+  directory: str | os.PathLike[str],
+  *,
+  dtype: str = 'float32',
+  head: str = 'language_model',
 ) -> Pretrained:
   """Load a directory of a known family; nothing is fetched or executed.
 
@@ -51,6 +54,7 @@ def load(
   Args:
     directory: with config.json and safetensors, sharded or not.
     dtype: of parameters and activations; files may be of another.
+    head: what the model must end in, see `Config`; a reward model is no policy.
 
   Raises:
     ValueError: files are missing, truncated, pickled or outside the directory;
@@ -62,6 +66,11 @@ def load(
   config = dataclasses.replace(
     families.from_huggingface(block), dtype=dtype, param_dtype=dtype
   )
+  if config.head != head:
+    raise ValueError(
+      f'{root} has head={config.head!r}, not {head!r}: choose another'
+      ' directory, or load it with its head'
+    )
   params = _read_params(root, config)
   return Pretrained(config, transformer(config), params, block)
 

@@ -18,6 +18,7 @@ from postrain.models.cache import (
   visibility,
 )
 from postrain.models.config import Config
+from postrain.models.heads import label_logits, label_shapes
 from postrain.models.layers import Block, Layer, normalized, used
 from postrain.models.norms import widened
 from postrain.models.rope import frequencies
@@ -85,6 +86,10 @@ class Transformer(nn.Module):
       x += jnp.take(places, positions, axis=0)
     if not c.tie_embeddings:
       self.weight('unembedding', small, table, axes)
+    # Scores start at 0, and the loss of a pairwise reward model at log 2.
+    for name, shape in label_shapes(c).items():
+      places = ('width', None)[-len(shape) :]
+      self.weight(name, nn.initializers.zeros, shape, places)
     return x
 
   @nn.compact
@@ -199,6 +204,8 @@ def transformer(config: Config) -> Model:
     return normalized(config, weight, 'final_norm', residual)
 
   def unembed(params: Params, hidden: Array) -> Array:
+    if config.num_labels:
+      return label_logits(params, hidden)
     name = 'embedding' if config.tie_embeddings else 'unembedding'
     table = used(params[name], ('vocab', 'width'), config.dtype)
     logits = jnp.einsum(
