@@ -29,6 +29,70 @@ def token_positions(valid: Bool[Array, 'B T']) -> Int[Array, 'B T']:
   return jnp.maximum(jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
+def read_states(
+  model: Model,
+  params: Any,
+  tokens: Int[Array, 'B T'],
+  valid: Bool[Array, 'B T'],
+  packing: Packing | None = None,
+  capture: tuple[str, ...] = (),
+) -> tuple[Float[Array, 'B T D'], dict[str, Float[Array, 'L B T D']]]:
+  """Hidden states after each token, and what else that one forward shows.
+
+  ``out[:, t]`` has read ``tokens[:, t]``. Packed rows are scattered back, so
+  that no caller ever meets a segment id.
+
+  Args:
+    model, params, tokens, valid, packing: as in `score`.
+    capture: names of states of the layers, see `postrain.types.InternalsFn`.
+
+  Raises:
+    ValueError: the model shows no internals.
+  """
+  positions, ids = token_positions(valid), valid.astype(jnp.int32)
+  if packing is not None:
+    tokens = tokens.reshape(-1)[packing.source]
+    positions, ids = packing.positions, packing.segment_ids
+  captured = {}
+  if not capture:
+    hidden, _ = model.hidden(
+      params, tokens, positions=positions, segment_ids=ids
+    )
+  elif model.internals is None:
+    raise ValueError(
+      f'capture={capture} of a model without internals: give it some, see'
+      ' postrain.types.Model'
+    )
+  else:
+    hidden, _, captured = model.internals(
+      params, tokens, positions=positions, segment_ids=ids, capture=capture
+    )
+  if packing is None:
+    return hidden, captured
+
+  def unpacked(x: Array) -> Array:
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])[..., packing.slot, :]
+
+  return unpacked(hidden), jax.tree.map(unpacked, captured)
+
+
+def aligned(
+  states: Float[Array, '*l B T D'], mask: Bool[Array, 'B T']
+) -> Float[Array, '*l B T D']:
+  """From states after each token to those that predict it, 0 off the mask."""
+  widths = [(0, 0)] * (states.ndim - 2) + [(1, 0), (0, 0)]
+  states = jnp.pad(states[..., :-1, :], widths)  # the one shift
+  return masked_states(states, mask)
+
+
+def masked_states(
+  states: Float[Array, '*l B T D'], mask: Bool[Array, 'B T']
+) -> Float[Array, '*l B T D']:
+  """Zeros off the mask: nothing there may poison a gradient."""
+  lead = (1,) * (states.ndim - 3)
+  return jnp.where(mask.reshape(*lead, *mask.shape, 1), states, 0)
+
+
 def hidden_states(
   model: Model,
   params: Any,
@@ -39,27 +103,10 @@ def hidden_states(
 ) -> Float[Array, 'B T D']:
   """Hidden states aligned with the tokens that they predict.
 
-  ``out[:, t]`` predicts ``tokens[:, t]``; it is 0 off the mask, so that
-  nothing there can poison the gradient of the unembedding. Packed rows are
-  scattered back, so that no caller ever meets a segment id.
+  ``out[:, t]`` predicts ``tokens[:, t]``; it is 0 off the mask.
   """
-  if packing is None:
-    hidden, _ = model.hidden(
-      params,
-      tokens,
-      positions=token_positions(valid),
-      segment_ids=valid.astype(jnp.int32),
-    )
-  else:
-    rows, _ = model.hidden(
-      params,
-      tokens.reshape(-1)[packing.source],
-      positions=packing.positions,
-      segment_ids=packing.segment_ids,
-    )
-    hidden = rows.reshape(-1, rows.shape[-1])[packing.slot]
-  hidden = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the one shift
-  return jnp.where(mask[..., None], hidden, 0)
+  hidden, _ = read_states(model, params, tokens, valid, packing)
+  return aligned(hidden, mask)
 
 
 def map_logits(

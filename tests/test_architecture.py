@@ -21,8 +21,9 @@ LAYERS = (
     *('logprobs', 'losses', 'masks', 'shaping'),
   },
   {
-    *('batches', 'couplings', 'models', 'objectives', 'optimizers'),
-    *('sampling', 'scoring', 'sharding', 'tasks', 'train_step', 'types'),
+    *('batches', 'couplings', 'internals', 'models', 'objectives'),
+    *('optimizers', 'reward_models', 'sampling', 'scoring', 'sharding'),
+    *('tasks', 'train_step', 'types'),
   },
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
