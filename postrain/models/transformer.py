@@ -236,7 +236,8 @@ def transformer(config: Config) -> Model:
   )
 
 
-CAPTURES = ('residual', 'attention', 'mlp', 'experts', 'router_logits')
+STATES = ('residual', 'attention', 'mlp', 'attention_input', 'mlp_input')
+ROUTING = ('experts', 'router_logits')
 
 
 def check_captures(
@@ -247,7 +248,7 @@ def check_captures(
   Raises:
     ValueError: such a name, or one of experts where there are none.
   """
-  names = CAPTURES if config.num_experts else CAPTURES[:3]
+  names = STATES + (ROUTING if config.num_experts else ())
   if unknown := sorted(set(capture) - set(names)):
     raise ValueError(
       f'capture has {", ".join(unknown)}: this model has {", ".join(names)}'
