@@ -252,22 +252,32 @@ def test_m77_strangers_and_heads_show_their_layers():
   tokens, valid, mask = inputs()
   model = stack()
   params = model.init(jax.random.key(0))
-  found = internals.layer_scores(model, params, tokens, valid, mask)
-  whole = score(model, params, tokens, valid, mask)
-  np.testing.assert_array_equal(found['residual'].logprobs[1], whole.logprobs)
-  inner = internals.layer_policy(model, 0)
-  cache = inner.empty_cache(ROWS, LENGTH)
-  ids = jnp.ones((ROWS, 2), jnp.int32)
-  for at in (slice(0, 2), slice(2, 4)):
-    hidden, cache = inner.hidden(
-      params, tokens[:, at], positions=ids, segment_ids=ids, cache=cache
-    )
-    np.testing.assert_array_equal(hidden, params['table'][tokens[:, at]])
-  critic = scalar_head(model)
-  head = {'backbone': params, 'head': jnp.ones((WIDTH, 1))}
-  states = internals.layer_states(critic, head, tokens, valid, valid)
-  expected = jnp.where(valid[..., None], params['table'][tokens], 0)
-  np.testing.assert_array_equal(states['residual'][0], expected)
+  inner, critic = internals.layer_policy(model, 0), scalar_head(model)
+
+  @jax.jit
+  def everything(params):
+    layers = internals.layer_scores(model, params, tokens, valid, mask)
+    whole = score(model, params, tokens, valid, mask)
+    head = {'backbone': params, 'head': jnp.ones((WIDTH, 1))}
+    states = internals.layer_states(critic, head, tokens, valid, valid)
+    cache, ids = inner.empty_cache(ROWS, LENGTH), jnp.ones((ROWS, 2), jnp.int32)
+    decoded = []
+    for at in (slice(0, 2), slice(2, 4)):
+      hidden, cache = inner.hidden(
+        params, tokens[:, at], positions=ids, segment_ids=ids, cache=cache
+      )
+      decoded.append(hidden)
+    return layers['residual'].logprobs[1], whole.logprobs, states, decoded
+
+  last, whole, states, decoded = everything(params)
+  np.testing.assert_array_equal(last, whole)
+  embedded = params['table'][tokens]
+  np.testing.assert_array_equal(
+    states['residual'][0], jnp.where(valid[..., None], embedded, 0)
+  )
+  np.testing.assert_array_equal(
+    jnp.concatenate(decoded, axis=1), embedded[:, :4]
+  )
   with pytest.raises(ValueError, match='it has none'):
     model.internals(
       params, tokens, positions=tokens, segment_ids=tokens,
@@ -280,10 +290,13 @@ def test_m80_a_probe_is_ridge_regression_in_closed_form():
   states = draw.standard_normal((50, 6)) * 3 + 1
   states[:, 4] = 2.0  # a feature that never changes says nothing
   labels, where = draw.integers(3, size=50), draw.random(50) < 0.8
-  probe = internals.linear_probe(
-    jnp.asarray(states, jnp.float32), jnp.asarray(labels), jnp.asarray(where),
-    num_classes=3, ridge=0.1,
-  )  # fmt: skip
+
+  @jax.jit
+  def examine(*inputs):
+    probe = internals.linear_probe(*inputs, num_classes=3, ridge=0.1)
+    return probe, internals.probe_accuracy(probe, *inputs)
+
+  probe, found = examine(states.astype(np.float32), labels, where)
   kept, target = states[where], np.eye(3)[labels[where]]
   spread = kept.std(0)
   x = (kept - kept.mean(0)) / np.where(spread > 0, spread, 1)
@@ -291,10 +304,6 @@ def test_m80_a_probe_is_ridge_regression_in_closed_form():
   kernel = np.linalg.solve(gram, x.T @ (target - target.mean(0)) / len(x))
   np.testing.assert_allclose(probe.kernel, kernel, atol=1e-5)
   np.testing.assert_allclose(probe.bias, target.mean(0), atol=1e-6)
-  found = internals.probe_accuracy(
-    probe, jnp.asarray(states, jnp.float32), jnp.asarray(labels),
-    jnp.asarray(where),
-  )  # fmt: skip
   scores = (x @ kernel + target.mean(0)).argmax(1)
   np.testing.assert_allclose(found, (scores == labels[where]).mean(), rtol=1e-6)
 
