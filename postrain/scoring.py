@@ -44,22 +44,82 @@ def forward(
   experts: Int[Array, 'B N L K'] | None = None,
   capture: tuple[str, ...] = (),
 ) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]:
-  """Call `Model.hidden`, or `Model.internals` where routing is concerned.
+  """Call `Model.hidden`, or `Model.internals` where more is asked of it.
 
   Raises:
-    ValueError: experts are given to, or asked of, a model that has none.
+    ValueError: the model shows no internals, or has no experts.
   """
   where: Any = dict(positions=positions, segment_ids=segment_ids, cache=cache)
   if experts is None and not capture:
     return *model.hidden(params, tokens, **where), {}
-  if model.internals is None or not model.num_experts:
+  if not model.num_experts and (experts is not None or {*capture} & {*ROUTING}):
     raise ValueError(
       'routing is recorded, replayed or balanced, but the model has no experts:'
       ' take a mixture of experts, or ask for none of the three'
     )
+  if model.internals is None:
+    raise ValueError(
+      f'capture={capture} of a model without internals: give it some, see'
+      ' postrain.types.Model'
+    )
   return model.internals(
     params, tokens, **where, capture=capture, experts=experts
   )
+
+
+def read_states(
+  model: Model,
+  params: Params,
+  tokens: Int[Array, 'B T'],
+  valid: Bool[Array, 'B T'],
+  packing: Packing | None = None,
+  capture: tuple[str, ...] = (),
+  experts: Int[Array, 'B T L K'] | None = None,
+) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
+  """Hidden states after each token, and what else that one forward shows.
+
+  ``out[:, t]`` has read ``tokens[:, t]``. Packed rows are scattered back, so
+  that no caller ever meets a segment id.
+
+  Args:
+    model: see `postrain.types.Model`.
+    params: its parameters.
+    tokens: prompt and completion.
+    valid: True on real tokens.
+    packing: layout of the call.
+    capture: names of states of the layers, see `postrain.types.InternalsFn`.
+    experts: that each token visits; where negative the router chooses.
+
+  Raises:
+    ValueError: the experts are of other tokens; see `forward`.
+  """
+  if experts is not None:
+    if experts.shape[:2] != tokens.shape:
+      raise ValueError(
+        f'experts of shape {experts.shape} for tokens of shape {tokens.shape}:'
+        ' give [B T L K], for prompt and completion, -1 where none is known'
+      )
+    experts = jnp.where(valid[..., None, None], experts, -1)
+  positions, segment_ids = token_positions(valid), valid.astype(jnp.int32)
+  if packing is not None:
+    positions, segment_ids = packing.positions, packing.segment_ids
+    tokens, experts = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:])[packing.source], (tokens, experts)
+    )
+  hidden, _, captured = forward(
+    model, params, tokens, positions=positions, segment_ids=segment_ids,
+    experts=experts, capture=capture,
+  )  # fmt: skip
+  if packing is None:
+    return hidden, captured
+
+  def unpacked(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])[packing.slot]
+
+  return unpacked(hidden), {
+    name: unpacked(x) if name == 'experts' else jax.vmap(unpacked)(x)
+    for name, x in captured.items()
+  }
 
 
 ROUTING = ('experts', 'router_logits')
@@ -93,32 +153,13 @@ def routed_states(
   Raises:
     ValueError: the experts are of other tokens, or the model is dense.
   """
-  if experts is not None:
-    if experts.shape[:2] != tokens.shape:
-      raise ValueError(
-        f'experts of shape {experts.shape} for tokens of shape {tokens.shape}:'
-        ' give [B T L K], for prompt and completion, -1 where none is known'
-      )
-    experts = jnp.where(valid[..., None, None], experts, -1)
-  positions, segment_ids = token_positions(valid), valid.astype(jnp.int32)
-  if packing is not None:
-    positions, segment_ids = packing.positions, packing.segment_ids
-    tokens, experts = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:])[packing.source], (tokens, experts)
-    )
-  hidden, _, routing = forward(
-    model, params, tokens, positions=positions, segment_ids=segment_ids,
-    experts=experts, capture=ROUTING if record else (),
-  )  # fmt: skip
+  hidden, routing = read_states(
+    model, params, tokens, valid, packing, ROUTING if record else (), experts
+  )
   if record:
     logits = jnp.moveaxis(routing['router_logits'], 0, 2)
     routing = {'experts': routing['experts'], 'router_logits': logits}
-  if packing is not None:
-    hidden, routing = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:])[packing.slot], (hidden, routing)
-    )
-  hidden = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the one shift
-  return jnp.where(mask[..., None], hidden, 0), routing
+  return aligned(hidden, mask), routing
 
 
 def selected(routing: dict[str, Array]) -> Int[Array, 'B T L K']:
@@ -139,6 +180,23 @@ def rerouted(
   return jnp.any(known & ~same, axis=(-2, -1)).astype(jnp.float32)
 
 
+def aligned(
+  states: Float[Array, '*l B T D'], mask: Bool[Array, 'B T']
+) -> Float[Array, '*l B T D']:
+  """From states after each token to those that predict it, 0 off the mask."""
+  widths = [(0, 0)] * (states.ndim - 2) + [(1, 0), (0, 0)]
+  states = jnp.pad(states[..., :-1, :], widths)  # the one shift
+  return masked_states(states, mask)
+
+
+def masked_states(
+  states: Float[Array, '*l B T D'], mask: Bool[Array, 'B T']
+) -> Float[Array, '*l B T D']:
+  """Zeros off the mask: nothing there may poison a gradient."""
+  lead = (1,) * (states.ndim - 3)
+  return jnp.where(mask.reshape(*lead, *mask.shape, 1), states, 0)
+
+
 def hidden_states(
   model: Model,
   params: Any,
@@ -149,9 +207,7 @@ def hidden_states(
 ) -> Float[Array, 'B T D']:
   """Hidden states aligned with the tokens that they predict.
 
-  ``out[:, t]`` predicts ``tokens[:, t]``; it is 0 off the mask, so that
-  nothing there can poison the gradient of the unembedding. Packed rows are
-  scattered back, so that no caller ever meets a segment id.
+  ``out[:, t]`` predicts ``tokens[:, t]``; it is 0 off the mask.
   """
   return routed_states(model, params, tokens, valid, mask, packing)[0]
 

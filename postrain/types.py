@@ -70,9 +70,10 @@ class InternalsFn(Protocol):
   """`HiddenFn` that also returns what it is asked for: name -> array.
 
   'residual' [L B N D] is the stream after each layer, 'attention' and 'mlp'
-  [L B N D] what each added to it, 'experts' [B N L K] the experts that each
-  token visited and 'router_logits' [L B N E]. ``experts`` forces tokens onto
-  experts, with live gates; where they are negative the router chooses.
+  [L B N D] what each added to it, 'attention_input' and 'mlp_input' [L B N D]
+  what each read, 'experts' [B N L K] the experts that each token visited and
+  'router_logits' [L B N E]. ``experts`` forces tokens onto experts, with live
+  gates; where they are negative the router chooses.
   """
 
   def __call__(

@@ -21,8 +21,9 @@ LAYERS = (
     *('logprobs', 'losses', 'masks', 'shaping'),
   },
   {
-    *('adapted', 'batches', 'couplings', 'models', 'objectives', 'optimizers'),
-    *('sampling', 'scoring', 'sharding', 'tasks', 'train_step', 'types'),
+    *('adapted', 'batches', 'couplings', 'internals', 'models', 'objectives'),
+    *('optimizers', 'reward_models', 'sampling', 'scoring', 'sharding'),
+    *('tasks', 'train_step', 'types'),
   },
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),

@@ -39,6 +39,7 @@ def load(
   directory: str | os.PathLike[str],
   *,
   dtype: str = 'float32',
+  head: str = 'language_model',
   shardings: Any | Callable[[Model], Any] = None,
 ) -> Pretrained:
   """Load a directory of a known family; nothing is fetched or executed.
@@ -51,6 +52,7 @@ def load(
   Args:
     directory: with config.json and safetensors, sharded or not.
     dtype: of parameters and activations; files may be of another.
+    head: what the model must end in, see `Config`; a reward model is no policy.
     shardings: of the parameters, one for all or a tree, or a function of the
       model, such as ``partial(sharding.param_shardings, mesh)``, that gives
       them; None keeps the parameters on the host, as NumPy arrays.
@@ -58,7 +60,7 @@ def load(
   Raises:
     ValueError: see `open` and `read`.
   """
-  opened = open(directory, dtype=dtype)
+  opened = open(directory, dtype=dtype, head=head)
   model = transformer(opened.config)
   if callable(shardings):
     shardings = shardings(model)

@@ -55,18 +55,23 @@ class Directory:
 
 
 def open(
-  directory: str | os.PathLike[str], *, dtype: str = 'float32'
+  directory: str | os.PathLike[str],
+  *,
+  dtype: str = 'float32',
+  head: str = 'language_model',
 ) -> Directory:
   """Check all that the headers of a directory tell; no weight is read.
 
   Args:
     directory: with config.json and safetensors, sharded or not.
     dtype: that parameters and activations will have.
+    head: what the model must end in, see `Config`; a reward model is no policy.
 
   Raises:
     ValueError: files are missing, truncated, pickled or outside the directory;
       the index and the files differ; tensors are missing, unexpected, of a
-      wrong shape or no floats; the model is of an unsupported kind.
+      wrong shape or no floats; the model is of an unsupported kind or ends in
+      another head.
   """
   root = pathlib.Path(directory)
   present = [n for n in ('config.json', GENERATION) if (root / n).is_file()]
@@ -78,6 +83,11 @@ def open(
   config = dataclasses.replace(
     _config(root / 'config.json', block), dtype=dtype, param_dtype=dtype
   )
+  if config.head != head:
+    raise ValueError(
+      f'{root} has head={config.head!r}, not {head!r}: choose another'
+      ' directory, or load it with its head'
+    )
   _check_tensors(root, config, entries)
   return Directory(root, config, block, generation, entries)
 

@@ -21,6 +21,7 @@ CHOICES = {
   'activation': ('silu', 'gelu', 'gelu_tanh'),
   'qk_norm_over': ('head', 'heads'),
   'position_embedding': ('rotary', 'learned'),
+  'head': ('language_model', 'sequence_labels', 'token_labels'),
 }
 LAYER_TYPES = ('full', 'sliding', 'unrotated')
 
@@ -72,6 +73,11 @@ class Config:
     normalize_gates: gates of a token's experts sum to 1.
     shared_mlp_dim: width of the gated expert of all tokens (Qwen2-MoE); 0 for
       none.
+    head: 'language_model' unembeds. The others give ``num_labels`` logits a
+      position in place of the vocabulary's, and need ``tie_embeddings``:
+      'sequence_labels' (a reward model, read at the last token), without a
+      bias, and 'token_labels' (a process reward model), with one.
+    num_labels: of such a head; 0 for a language model.
     max_length: positions that the model was made for; a cache may not have
       more slots.
     dtype: of activations and of the cache; softmax, normalisation statistics
@@ -116,6 +122,8 @@ class Config:
   experts_per_token: int = 0
   normalize_gates: bool = True
   shared_mlp_dim: int = 0
+  head: str = 'language_model'
+  num_labels: int = 0
   max_length: int = 2048
   dtype: str = 'float32'
   param_dtype: str = 'float32'
@@ -141,6 +149,7 @@ class Config:
     _check_heads(self)
     _check_layers(self)
     _check_experts(self)
+    _check_labels(self)
     for name in ('dtype', 'param_dtype'):
       _check_dtype(name, getattr(self, name))
     if self.remat is not None and self.remat not in REMAT_POLICIES:
@@ -207,6 +216,20 @@ def _check_experts(config: Config) -> None:
     )
   if config.num_experts and not config.gated_mlp:
     raise ValueError('gated_mlp=False with experts: experts are gated MLPs')
+
+
+def _check_labels(config: Config) -> None:
+  labelled = config.head != 'language_model'
+  if labelled != (config.num_labels > 0):
+    raise ValueError(
+      f'num_labels={config.num_labels} of head={config.head!r}: give 1 or more'
+      ' to a head of labels, 0 to a language model'
+    )
+  if labelled and not config.tie_embeddings:
+    raise ValueError(
+      f'tie_embeddings=False of head={config.head!r}: labels have no'
+      ' unembedding, leave it True'
+    )
 
 
 def _check_dtype(name: str, value: str) -> None:

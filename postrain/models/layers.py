@@ -97,8 +97,8 @@ class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)).
 
   ``capture`` names what it returns beside: 'residual' (the stream after it),
-  'attention' and 'mlp' (what they added), and of experts 'experts' (ids) and
-  'router_logits'.
+  'attention' and 'mlp' (what they added), 'attention_input' and 'mlp_input'
+  (what they read), and of experts 'experts' (ids) and 'router_logits'.
   """
 
   config: Config
@@ -208,12 +208,14 @@ class Block(nn.Module):
       view = jax.tree.map(lambda v: v[layer.kind], view)
     before, after = c.norm_order != 'post', c.norm_order != 'pre'
     h = self.norm('attention_norm', x, 'width') if before else x
+    captured = {'attention_input': h}
     h, new = self.attend(h, view, layer.past, keep)
     if after:
       h = self.norm('attention_post_norm', h, 'width')
     x += h
-    captured = {'attention': h}
+    captured['attention'] = h
     h = self.norm('mlp_norm', x, 'width') if before else x
+    captured['mlp_input'] = h
     if c.num_experts:
       h, routing = mixture(self, h, layer.experts)
       captured |= routing

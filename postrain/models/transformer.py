@@ -19,6 +19,7 @@ from postrain.models.cache import (
   visibility,
 )
 from postrain.models.config import Config
+from postrain.models.heads import label_logits, label_shapes
 from postrain.models.layers import Block, Layer, normalized, used
 from postrain.models.norms import widened
 from postrain.models.rope import frequencies
@@ -86,6 +87,10 @@ class Transformer(nn.Module):
       x += jnp.take(places, positions, axis=0)
     if not c.tie_embeddings:
       self.weight('unembedding', small, table, axes)
+    # Scores start at 0, and the loss of a pairwise reward model at log 2.
+    for name, shape in label_shapes(c).items():
+      places = ('width', None)[-len(shape) :]
+      self.weight(name, nn.initializers.zeros, shape, places)
     return x
 
   @nn.compact
@@ -200,6 +205,8 @@ def transformer(config: Config) -> Model:
     return normalized(config, weight, 'final_norm', residual)
 
   def unembed(params: Params, hidden: Array) -> Array:
+    if config.num_labels:
+      return label_logits(params, hidden)
     name = 'embedding' if config.tie_embeddings else 'unembedding'
     table = used(params[name], ('vocab', 'width'), config.dtype)
     logits = jnp.einsum(
@@ -242,7 +249,8 @@ def transformer(config: Config) -> Model:
   )
 
 
-CAPTURES = ('residual', 'attention', 'mlp', 'experts', 'router_logits')
+STATES = ('residual', 'attention', 'mlp', 'attention_input', 'mlp_input')
+ROUTING = ('experts', 'router_logits')
 
 
 def check_captures(
@@ -253,7 +261,7 @@ def check_captures(
   Raises:
     ValueError: such a name, or one of experts where there are none.
   """
-  names = CAPTURES if config.num_experts else CAPTURES[:3]
+  names = STATES + (ROUTING if config.num_experts else ())
   if unknown := sorted(set(capture) - set(names)):
     raise ValueError(
       f'capture has {", ".join(unknown)}: this model has {", ".join(names)}'

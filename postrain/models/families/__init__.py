@@ -10,7 +10,15 @@ import dataclasses
 from typing import Any
 
 from postrain.models.config import Config
-from postrain.models.families import gemma, gpt2, llama, mixtures, phi, reading
+from postrain.models.families import (
+  gemma,
+  gpt2,
+  heads,
+  llama,
+  mixtures,
+  phi,
+  reading,
+)
 from postrain.models.families.layout import Part, Path, Tensor
 
 __all__ = [
@@ -40,7 +48,7 @@ def from_huggingface(block: Mapping[str, Any]) -> Config:
   """
   family = _family(block.get('model_type'))
   reading.supported(block, reading.SUPPORTED)
-  return Config(**family.read(block))
+  return Config(**family.read(block) | heads.read(block))
 
 
 def _family(name: Any) -> Any:
@@ -71,11 +79,14 @@ def to_huggingface(
   """
   family = _family(config.family)
   block = {
-    'architectures': [family.ARCHITECTURES[config.family]],
+    'architectures': [
+      heads.architecture(config, family.ARCHITECTURES[config.family])
+    ],
     'model_type': config.family,
     **dict.fromkeys(KEPT[:3]),
     **{key: source[key] for key in KEPT if source and key in source},
     **family.write(config),
+    **heads.write(config, source),
     'dtype': config.param_dtype,
     'torch_dtype': config.param_dtype,
   }
@@ -99,7 +110,7 @@ def to_huggingface(
 
 def tensors(config: Config) -> dict[str, Tensor]:
   """Each tensor of the Hugging Face files and its place, in writing order."""
-  return _family(config.family).tensors(config)
+  return _family(config.family).tensors(config) | heads.tensors(config)
 
 
 def param_shapes(config: Config) -> dict[Path, tuple[int, ...]]:
