@@ -125,8 +125,8 @@ def pretrained(
 
   The headers of its files are checked at once, so that most broken ones are
   known before anything else; the weights go into their shards when the run
-  begins. With ``lora``, fields of `postrain.models.lora.LoRA`, they stay as they
-  are and its adapters train; ``quantize`` stores them in fewer bits.
+  begins. With ``lora``, fields of `postrain.models.lora.LoRA`, they stay as
+  they are and its adapters train; ``quantize`` stores them in fewer bits.
   """
   opened = hub.open(directory, dtype=dtype)
   config = dataclasses.replace(opened.config, remat=remat)
