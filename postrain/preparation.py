@@ -77,7 +77,7 @@ def make_prepare(
     gap = jnp.abs(
       scores.model_logprobs - behind_prompt(prompts, samples.model_logprobs)
     )
-    informative = masks.informative_groups(rewards)
+    informative = masks.informative_groups(rewards)  # before any KL
     metrics = _sampler_metrics(scores, samples, gap, mask)
     if uses_reference(recipe):
       reference = rejoined(ref_params, bases(params['actor']))
@@ -90,9 +90,7 @@ def make_prepare(
         if 'mask' in asked(advantage):  # along tokens: each pays for itself
           arrays['penalties'] = recipe.kl.reward_coef * penalty
         else:
-          rewards = shaping.kl_penalized(
-            rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
-          ).reshape(rewards.shape)
+          rewards = _penalized(recipe, rewards, penalty, mask)
     rollout = Rollout(
       tokens=tokens,
       valid=valid,
@@ -152,6 +150,13 @@ def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
     'reference/kl_sequence': Mean(k1.sum(), sequences.sum(dtype=jnp.float32)),
     'reference/kl_token': objectives.masked_mean(k3, mask),
   }
+
+
+def _penalized(recipe: Recipe, rewards: Any, penalty: Any, mask: Any) -> Any:
+  """Each reward less the KL of its whole completion."""
+  return shaping.kl_penalized(
+    rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
+  ).reshape(rewards.shape)
 
 
 def _columns(batch: Batch, gap: Any) -> dict[str, Any]:
