@@ -91,14 +91,9 @@ def read_states(
     experts: that each token visits; where negative the router chooses.
 
   Raises:
-    ValueError: the experts are of other tokens; see `forward`.
+    ValueError: see `forward`.
   """
   if experts is not None:
-    if experts.shape[:2] != tokens.shape:
-      raise ValueError(
-        f'experts of shape {experts.shape} for tokens of shape {tokens.shape}:'
-        ' give [B T L K], for prompt and completion, -1 where none is known'
-      )
     experts = jnp.where(valid[..., None, None], experts, -1)
   positions, segment_ids = token_positions(valid), valid.astype(jnp.int32)
   if packing is not None:
@@ -149,9 +144,6 @@ def routed_states(
     record: whether the second result holds 'experts' [B T L K], those that
       each token visited, and 'router_logits' [B T L E]. They stand at the token
       that was routed, not at the one that it predicts; on padding is anything.
-
-  Raises:
-    ValueError: the experts are of other tokens, or the model is dense.
   """
   hidden, routing = read_states(
     model, params, tokens, valid, packing, ROUTING if record else (), experts

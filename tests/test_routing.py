@@ -402,8 +402,3 @@ def test_m69_a_dense_model_is_refused():
   dense = dataclasses.replace(mixture()[0], num_experts=0)
   with pytest.raises(ValueError, match='the model has no experts'):
     score(dense, *inputs()[1:], record_routing=True)
-
-
-def test_m69_experts_of_other_tokens_are_refused():
-  with pytest.raises(ValueError, match=r'\(8, 9, 2, 2\) for tokens.*\(8, 10\)'):
-    score(*inputs(), experts=elsewhere()[:, 1:])
