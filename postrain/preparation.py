@@ -21,6 +21,7 @@ from postrain.types import (
   Params,
   Rollout,
   Samples,
+  Scalar,
 )
 
 
@@ -90,7 +91,7 @@ def make_prepare(
         if 'mask' in asked(advantage):  # along tokens: each pays for itself
           arrays['penalties'] = recipe.kl.reward_coef * penalty
         else:
-          rewards = _penalized(recipe, rewards, penalty, mask)
+          rewards = _penalized(recipe.kl.reward_coef, rewards, penalty, mask)
     rollout = Rollout(
       tokens=tokens,
       valid=valid,
@@ -152,10 +153,10 @@ def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
   }
 
 
-def _penalized(recipe: Recipe, rewards: Any, penalty: Any, mask: Any) -> Any:
+def _penalized(coef: Scalar, rewards: Any, penalty: Any, mask: Any) -> Any:
   """Each reward less the KL of its whole completion."""
   return shaping.kl_penalized(
-    rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
+    rewards.reshape(-1), penalty, mask, coef=coef
   ).reshape(rewards.shape)
 
 
