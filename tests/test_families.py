@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from typing import NamedTuple
 
 from flax import traverse_util
@@ -196,9 +197,11 @@ def test_an_export_is_the_same_model(case, tmp_path):
     assert getattr(exported.config, key) == getattr(theirs.config, key)
 
 
-def test_every_family_has_a_variant():
+def test_every_family_has_a_variant_and_a_row():
   kinds = {kind for kind, _ in checkpoints.VARIANTS.values()}
   assert kinds == families.FAMILIES.keys()
+  page = (ROOT.parent / 'docs' / 'models.md').read_text()
+  assert set(re.findall(r'^\| `(\w+)` \|', page, re.M)) == kinds
 
 
 def test_scanned_and_unrolled_layers_agree(case):

@@ -147,3 +147,18 @@ def test_greedy_continuation_with_the_cache():
     lambda: jax.lax.scan(body, start, jnp.arange(steps, dtype=jnp.int32))
   )()
   np.testing.assert_array_equal(found, golden[0, 1:])
+
+
+def test_an_export_of_it_has_the_same_logits(tmp_path):
+  torch = pytest.importorskip('torch', reason='parity needs torch')
+  transformers = pytest.importorskip('transformers')
+  loaded, golden = stories()
+  hub.save(tmp_path / 'a', loaded.config, loaded.params, source=loaded.source)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'a')
+  with torch.no_grad():
+    expected = theirs(torch.tensor(np.array(golden))).logits.numpy()
+  found = jax.jit(logits, static_argnums=0)(
+    loaded.model, loaded.params, golden, jnp.ones(golden.shape, bool)
+  )
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+  np.testing.assert_array_equal(expected.argmax(-1)[:, :-1], golden[:, 1:])
