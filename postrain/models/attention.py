@@ -62,6 +62,14 @@ def rotate(
   return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
 
+def wide_einsum(subscripts: str, left: Array, right: Array) -> Array:
+  """Multiply arrays of one type and sum in at least float32."""
+  wide = widened(left.dtype)
+  if jax.default_backend() == 'cpu':  # it lacks such products of some shapes
+    left, right = left.astype(wide), right.astype(wide)
+  return jnp.einsum(subscripts, left, right, preferred_element_type=wide)
+
+
 def attention(
   query: Float[Array, 'B N H d'],
   levels: Sequence[Level],
@@ -84,16 +92,14 @@ def attention(
     num_rows, num_kv, num_slots, _ = level.keys.shape
     grouped = query.reshape(num_rows, -1, num_new, num_kv,
                             num_heads // num_kv, head_dim)  # fmt: skip
-    out = jnp.einsum('pgnkrd,pksd->pgkrns', grouped, level.keys,
-                     preferred_element_type=wide)  # fmt: skip
+    out = wide_einsum('pgnkrd,pksd->pgkrns', grouped, level.keys)
     return out.reshape(batch, num_heads, num_new, num_slots)
 
   def mix(weights: Array, level: Level) -> Array:
     num_rows, num_kv, num_slots, _ = level.values.shape
     grouped = weights.reshape(num_rows, -1, num_kv, num_heads // num_kv,
                               num_new, num_slots)  # fmt: skip
-    out = jnp.einsum('pgkrns,pksd->pgnkrd', grouped, level.values,
-                     preferred_element_type=wide)  # fmt: skip
+    out = wide_einsum('pgkrns,pksd->pgnkrd', grouped, level.values)
     return out.reshape(query.shape)
 
   logits = jnp.concatenate([scores(level) for level in levels], axis=-1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from postrain.models.attention import Level, View, rotation
+from postrain.models.attention import Level, View, rotation, wide_einsum
 from postrain.models.cache import (
   Cache,
   append,
@@ -209,10 +209,7 @@ def transformer(config: Config) -> Model:
       return label_logits(params, hidden)
     name = 'embedding' if config.tie_embeddings else 'unembedding'
     table = used(params[name], ('vocab', 'width'), config.dtype)
-    logits = jnp.einsum(
-      '...d,vd->...v', hidden, table,
-      preferred_element_type=widened(config.dtype),
-    )  # fmt: skip
+    logits = wide_einsum('...d,vd->...v', hidden, table)
     cap = config.logit_soft_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
