@@ -5,7 +5,6 @@ import json
 
 from flax import traverse_util
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -90,17 +89,6 @@ def test_half_precision_files(tmp_path, dtype):
     np.asarray(params['embedding']).astype(np.float32),
   )
   assert ml_dtypes.bfloat16 != wide.params['embedding'].dtype == np.float32
-
-
-def test_loaded_host_arrays_run(written):
-  loaded = hub.load(written)
-  tokens = jnp.arange(6).reshape(2, 3)
-  ones = jnp.ones((2, 3), jnp.int32)
-  hidden, _ = loaded.model.hidden(
-    loaded.params, tokens, positions=jnp.tile(jnp.arange(3), (2, 1)),
-    segment_ids=ones,
-  )  # fmt: skip
-  assert loaded.model.unembed(loaded.params, hidden).shape == (2, 3, 13)
 
 
 def test_an_export_is_replaced_only_on_request(written, tmp_path):
