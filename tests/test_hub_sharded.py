@@ -35,7 +35,7 @@ KINDS = {
 MESHES = {
   'mixtral': [{'fsdp': 2, 'tensor': 2, 'expert': 2}, {'expert': 2}],
   'phi3': [{'data': 2, 'tensor': 2}],
-  'gpt2': [{'fsdp': 4, 'tensor': 2}, {'fsdp': 2}],
+  'gpt2': [{'fsdp': 4, 'tensor': 2}],
 }
 
 

@@ -198,8 +198,9 @@ def _prefixed(
 ) -> Mapping[str, Entry]:
   """Entries by full names; files of a bare model, such as gpt2's, lack some."""
   names = families.tensors(config)
-  prefix = next(iter(names)).split('.')[0] + '.'
-  if any(name.startswith(prefix) for name in entries):
+  table = next(iter(names))
+  prefix = table.split('.')[0] + '.'
+  if table.removeprefix(prefix) not in entries:
     return entries
   heads = {TIED_HEAD, *(n for n in names if not n.startswith(prefix))}
   return {n if n in heads else prefix + n: e for n, e in entries.items()}

@@ -88,8 +88,8 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
 
   try:
     file = safe_open(path, 'numpy')
-    views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-  except (SafetensorError, OSError) as error:
+    views = {name: file.get_slice(name) for name in file.offset_keys()}
+  except SafetensorError as error:
     raise ValueError(f'{path} is {_kind(path, error)}') from error
   return {
     name: Entry(path, view.get_dtype(), tuple(view.get_shape()), view)
