@@ -4,18 +4,18 @@
 
 Makes a checkpoint of random weights in a temporary folder, and then, each in a
 process of its own, loads it onto the devices, keeps it on the host, and
-exports it from the devices; beside these what this replaced: read every tensor
-on the host, stack the layers there, and put them on the devices, or gather
-every tensor and write them at once, with the safetensors package.
+exports it from the devices to files of 100 MiB; beside these what this
+replaced: read every tensor on the host, stack the layers there, and put them on
+the devices, or gather every tensor and write them to one file.
 
 What is shown is the most memory beyond the parameters themselves, in MiB and
 over the largest tensor of the files, the embedding. Anonymous memory is what
 the process allocated: a thread reads RssAnon of /proc/self/status each
 millisecond, and the start, after the same of a small model, is taken off; what
 compiling for the shapes of the large one takes is left in.
-Resident memory, RssAnon + RssFile, has mapped pages of the files too, which
-the system may drop whenever it needs them. Devices are CPU here, so that
-their memory is in both figures.
+Resident memory, RssAnon + RssFile, has the pages of the files too, which are
+mapped until the loading ends and which the system may drop whenever it needs
+them. Devices are CPU here, so that their memory is in both figures.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from postrain.models.config import Config
 from postrain.models.transformer import transformer
 
 MEBIBYTE = 2**20
+SHARD_BYTES = 100 * MEBIBYTE
 BIG = Config(
   vocab_size=32_000, num_layers=16, model_dim=768, mlp_dim=2048, num_heads=12,
   num_kv_heads=4, head_dim=64, tie_embeddings=False, dtype='bfloat16',
@@ -60,7 +61,7 @@ def write(path: pathlib.Path, config: Config) -> None:
     for name, shape in families.param_shapes(config).items()
   }
   params = traverse_util.unflatten_dict(params)
-  hub.save(path, config, params, max_shard_bytes=100 * MEBIBYTE)
+  hub.save(path, config, params, max_shard_bytes=SHARD_BYTES)
 
 
 def read_all(path: pathlib.Path, shardings: Any) -> Any:
@@ -105,7 +106,9 @@ def run(way: str, path: pathlib.Path, out: pathlib.Path, measure: Any) -> Any:
     case 'read all':
       return measure(lambda: read_all(path, shardings))
   params = hub.read(opened, shardings)
-  fn = hub.save if way == 'export' else gather_all
+  fn = functools.partial(hub.save, max_shard_bytes=SHARD_BYTES)
+  if way == 'gather all':
+    fn = gather_all
   return measure(functools.partial(fn, out, opened.config, params))
 
 

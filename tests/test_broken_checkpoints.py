@@ -25,6 +25,8 @@ TINY = Config(
 ONE, TWO = (f'model-0000{i}-of-00002.safetensors' for i in (1, 2))
 NORM, TABLE = 'model.norm.weight', 'model.embed_tokens.weight'
 UP = 'model.layers.1.mlp.up_proj.weight'
+# The library says what is wrong in words of its own.
+NO_FILE = rf'{TWO} is truncated or no safetensors file \(.+\): copy it again'
 
 
 @pytest.fixture(scope='module')
@@ -214,26 +216,24 @@ HEADERS = {
   'integers': (cast(np.int8), f'{NORM} is I8, weights may be F64, F32'),
   'FP8': (quantised, f'{NORM} is F8_E4M3, .* that is not quantised'),
   'booleans': (cast(np.bool_), f'{NORM} is BOOL'),
-  'empty file': (content(TWO, lambda b: b''), 'truncated .* 0 bytes.*again'),
-  'cut length': (content(TWO, lambda b: b[:5]), 'truncated .* 5 bytes'),
-  'cut header': (content(TWO, lambda b: b[:100]), 'truncated .* 100 bytes'),
-  'cut tensors': (content(TWO, lambda b: b[:-1]), 'is truncated or padded'),
-  'padded': (content(TWO, lambda b: b + b'\0'), 'is truncated or padded'),
-  'vast header': (content(TWO, lambda b: b'\xff' * 8 + b[8:]), 'is truncated'),
-  'header of junk': (header(lambda s: 'x' * 64), 'is no JSON'),
+  'empty file': (content(TWO, lambda b: b''), NO_FILE),
+  'cut length': (content(TWO, lambda b: b[:5]), NO_FILE),
+  'cut header': (content(TWO, lambda b: b[:100]), NO_FILE),
+  'cut tensors': (content(TWO, lambda b: b[:-1]), NO_FILE),
+  'padded': (content(TWO, lambda b: b + b'\0'), NO_FILE),
+  'vast header': (content(TWO, lambda b: b'\xff' * 8 + b[8:]), NO_FILE),
+  'header of junk': (header(lambda s: 'x' * 64), NO_FILE),
   'tensor twice': (
-    header(lambda s: json.dumps(s).replace(UP, NORM)), f'{NORM}. stands twice',
+    header(lambda s: json.dumps(s).replace(UP, NORM)), NO_FILE,
   ),
-  'no offsets': (header(lambda s: s[UP].clear()), f'header says {{}} of {UP}'),
-  'shape of text': (tensor(UP, shape='12x8'), f'says .* of {UP}, not its'),
-  'negative': (tensor(UP, shape=[-12, -8]), f'says .* of {UP}, not its'),
-  'larger shape': (tensor(UP, shape=[10**9, 10**9]), f'384 bytes to {UP}'),
-  'wider dtype': (tensor(UP, dtype='F64'), f'384 bytes to {UP}, which is F64'),
-  'unknown dtype': (tensor(UP, dtype='F3'), f'{UP} has the unknown dtype F3'),
-  'overlap': (tensor(UP, data_offsets=[0, 384]), 'begins at byte 0 of'),
-  'outside': (
-    tensor(UP, data_offsets=[10**15, 10**15 + 384]), 'the header lies; copy',
-  ),
+  'no offsets': (header(lambda s: s[UP].clear()), NO_FILE),
+  'shape of text': (tensor(UP, shape='12x8'), NO_FILE),
+  'negative': (tensor(UP, shape=[-12, -8]), NO_FILE),
+  'larger shape': (tensor(UP, shape=[10**9, 10**9]), NO_FILE),
+  'wider dtype': (tensor(UP, dtype='F64'), NO_FILE),
+  'unknown dtype': (tensor(UP, dtype='F3'), NO_FILE),
+  'overlap': (tensor(UP, data_offsets=[0, 384]), NO_FILE),
+  'outside': (tensor(UP, data_offsets=[10**15, 10**15 + 384]), NO_FILE),
 }  # fmt: skip
 VALUES = {
   'NaN': (poison(np.nan), f'{UP} holds NaN or infinity'),

@@ -5,7 +5,6 @@ import json
 
 from flax import traverse_util
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -92,17 +91,6 @@ def test_half_precision_files(tmp_path, dtype):
   assert ml_dtypes.bfloat16 != wide.params['embedding'].dtype == np.float32
 
 
-def test_loaded_host_arrays_run(written):
-  loaded = hub.load(written)
-  tokens = jnp.arange(6).reshape(2, 3)
-  ones = jnp.ones((2, 3), jnp.int32)
-  hidden, _ = loaded.model.hidden(
-    loaded.params, tokens, positions=jnp.tile(jnp.arange(3), (2, 1)),
-    segment_ids=ones,
-  )  # fmt: skip
-  assert loaded.model.unembed(loaded.params, hidden).shape == (2, 3, 13)
-
-
 def test_an_export_is_replaced_only_on_request(written, tmp_path):
   params = jax.tree.map(lambda x: x + 1, parameters(TINY))
   with pytest.raises(ValueError, match='not empty'):
@@ -126,6 +114,10 @@ def test_a_failed_save_leaves_nothing(tmp_path):
   with pytest.raises(ValueError, match=r"differ in .*'final_norm'"):
     hub.save(tmp_path / 'a', TINY, params)
   assert not list(tmp_path.iterdir())
+
+
+def test_all_files_have_the_same_readers(written):
+  assert len({path.stat().st_mode for path in written.iterdir()}) == 1
 
 
 def test_tokenizer_files_travel(tmp_path, written):
@@ -192,30 +184,89 @@ def test_wrong_tensors_are_refused(written, change, words):
     hub.load(written)
 
 
-def test_derived_tensors_are_ignored(written):
-  expected = hub.load(written).params
-
-  def old_style(tensors):
-    tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.zeros(2)
-    tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
-
-  change_tensors(written, old_style)
-  assert_same_bits(hub.load(written).params, expected)
-
-
-@pytest.mark.parametrize('keep', [0, 5, 100, -1])
-def test_a_truncated_file_is_refused(written, keep):
-  path = written / hub.SINGLE
-  path.write_bytes(path.read_bytes()[:keep])
-  with pytest.raises(ValueError, match='truncated'):
-    hub.load(written)
+GPT2 = dict(
+  family='gpt2', num_kv_heads=4, head_dim=2, position_embedding='learned',
+  norm='layer', norm_eps=1e-5, qkv_bias=True, output_bias=True, mlp_bias=True,
+  gated_mlp=False, activation='gelu_tanh', rope_theta=10_000.0,
+)  # fmt: skip
+GEMMA2 = dict(
+  family='gemma2', norm='rms_one_plus', norm_order='both',
+  activation='gelu_tanh', embedding_scale=8**0.5, attention_scale=0.5,
+  sliding_window=4, layer_types=('sliding', 'full'),
+)  # fmt: skip
 
 
-def test_pickles_are_never_opened(written):
-  (written / hub.SINGLE).unlink()
-  (written / 'pytorch_model.bin').write_bytes(b'cos\nsystem\n')
-  with pytest.raises(ValueError, match=r'pytorch_model\.bin may run code'):
-    hub.load(written)
+def bare(tensors, prefix):
+  """Names of the model without its head."""
+  for name in list(tensors):
+    tensors[name.removeprefix(prefix)] = tensors.pop(name)
+
+
+def of_gpt2(tensors):
+  """As openai-community/gpt2 has them."""
+  bare(tensors, 'transformer.')
+  assert {'wte.weight', 'h.0.ln_1.weight', 'ln_f.bias'} < tensors.keys()
+  masks(tensors, 'h')
+
+
+def masks(tensors, layers):
+  """What older transformers stored beside the parameters."""
+  for i in range(2):
+    tensors[f'{layers}.{i}.attn.bias'] = np.tri(32, dtype=bool)[None, None]
+    tensors[f'{layers}.{i}.attn.masked_bias'] = np.array(-1e4, np.float32)
+
+
+def frequencies(tensors):
+  for i in range(2):
+    name = f'model.layers.{i}.self_attn.rotary_emb.inv_freq'
+    tensors[name] = np.ones(2, np.float32)
+
+
+def twice(tensors):
+  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
+
+
+QUIRKS = {
+  'gpt2': (GPT2, of_gpt2),
+  'distilgpt2': (GPT2, lambda t: masks(t, 'transformer.h')),
+  'DialoGPT': (
+    GPT2,
+    lambda t: t.update({'lm_head.weight': t['transformer.wte.weight'].copy()}),
+  ),
+  'Llama-2': (KINDS['llama_untied'], frequencies),
+  'Qwen2 of an old export': (KINDS['qwen2'], frequencies),
+  'Qwen3-Embedding': (
+    {**KINDS['qwen3'], 'tie_embeddings': True}, lambda t: bare(t, 'model.'),
+  ),
+  'Gemma 2, fine-tuned': (GEMMA2, twice),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', QUIRKS)
+def test_what_published_files_have_beside_is_passed_over(tmp_path, kind):
+  fields, change = QUIRKS[kind]
+  config = dataclasses.replace(TINY, **fields)
+  params = parameters(config)
+  hub.save(tmp_path / 'a', config, params)
+  change_tensors(tmp_path / 'a', change)
+  loaded = hub.load(tmp_path / 'a')
+  assert loaded.config == config
+  assert_same_bits(loaded.params, params)
+
+
+def test_files_of_phi_as_published(tmp_path):
+  """Shards, an index that says more, and an archive of another tool beside."""
+  config = dataclasses.replace(TINY, family='phi3', tie_embeddings=False)
+  params = parameters(config)
+  path = tmp_path / 'a'
+  hub.save(path, config, params, max_shard_bytes=2000)
+  assert len(list(path.glob('model-0000?-of-0000?.safetensors'))) > 1
+  index = json.loads((path / hub.INDEX).read_text())
+  assert 'model.layers.0.mlp.gate_up_proj.weight' in index['weight_map']
+  index |= {'metadata': {'total_size': 1.5e9, 'mergekit_version': '0.1'}}
+  (path / hub.INDEX).write_text(json.dumps(index | {'format': 'pt'}))
+  (path / 'consolidated.safetensors').write_bytes(b'')
+  assert_same_bits(hub.load(path).params, params)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ KINDS = {
 MESHES = {
   'mixtral': [{'fsdp': 2, 'tensor': 2, 'expert': 2}, {'expert': 2}],
   'phi3': [{'data': 2, 'tensor': 2}],
-  'gpt2': [{'fsdp': 4, 'tensor': 2}, {'fsdp': 2}],
+  'gpt2': [{'fsdp': 4, 'tensor': 2}],
 }
 
 
@@ -103,14 +103,15 @@ def test_one_sharding_serves_all_and_dtypes_are_cast(tmp_path):
   assert_same_bits(found, jax.tree.map(lambda x: x.astype('bfloat16'), small))
 
 
-def test_a_window_maps_its_own_rows(tmp_path):
+def test_a_window_reads_its_own_rows(tmp_path):
   config = Config(**SIZES)
   hub.save(tmp_path / 'a', config, parameters(config))
   entry = hub.open(tmp_path / 'a').entries['lm_head.weight']
-  mapped = entry.rows(3, 5)
-  assert mapped.nbytes == 2 * entry.row_bytes == 2 * 8 * 4
+  found = entry.rows(3, 5)
+  assert found.nbytes == 2 * entry.row_bytes == 2 * 8 * 4
   whole = parameters(config)['unembedding']
-  np.testing.assert_array_equal(mapped, whole[3:5])
+  np.testing.assert_array_equal(found, whole[3:5])
+  np.testing.assert_array_equal(entry.rows(3, 5, slice(1, 4)), whole[3:5, 1:4])
 
 
 def test_beside_the_parameters_a_few_blocks_exist(tmp_path, monkeypatch):
@@ -136,12 +137,15 @@ def test_beside_the_parameters_a_few_blocks_exist(tmp_path, monkeypatch):
     streamed = peak(lambda: hub.read(opened, place))
     held = peak(lambda: hub.read(opened))
     sharded = hub.read(opened, place)
-    hub.save(tmp_path / 'c', config, sharded)
-    exported = peak(lambda: hub.save(tmp_path / 'b', config, sharded))
+    export = functools.partial(
+      hub.save, params=sharded, config=config, max_shard_bytes=largest
+    )
+    export(tmp_path / 'c')
+    exported = peak(lambda: export(tmp_path / 'b'))
   finally:
     tracemalloc.stop()
   resident = sum(x.nbytes for x in jax.tree.leaves(params))
   assert resident > 2 * largest
   assert streamed < largest / 2
   assert held - resident < largest / 2
-  assert exported < 2.5 * largest
+  assert exported < 1.5 * largest

@@ -21,6 +21,8 @@ SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 GENERATION = 'generation_config.json'
 TIED_HEAD = 'lm_head.weight'
+# Old files store what follows from the configuration.
+DERIVED = re.compile(r'.*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)')
 # Fields of config.json that are counts in every family that has them.
 COUNTS = (
   'num_hidden_layers', 'n_layer', 'num_experts', 'num_local_experts',
@@ -88,6 +90,8 @@ def open(
       f'{root} has head={config.head!r}, not {head!r}: choose another'
       ' directory, or load it with its head'
     )
+  _check_size(root, config, len(entries))
+  entries = _prefixed(config, entries)
   _check_tensors(root, config, entries)
   return Directory(root, config, block, generation, entries)
 
@@ -179,21 +183,35 @@ def _tensors(root: pathlib.Path) -> dict[str, Entry]:
   return entries
 
 
+def _check_size(root: pathlib.Path, config: Config, num_tensors: int) -> None:
+  """Before the names of all layers and experts are made."""
+  if config.num_layers * max(config.num_experts, 1) > num_tensors:
+    raise ValueError(
+      f'{root / "config.json"}: {config.num_layers} layers of'
+      f' {config.num_experts} experts, and the files hold {num_tensors}'
+      ' tensors: it describes another model'
+    )
+
+
+def _prefixed(
+  config: Config, entries: Mapping[str, Entry]
+) -> Mapping[str, Entry]:
+  """Entries by full names; files of a bare model, such as gpt2's, lack some."""
+  names = families.tensors(config)
+  table = next(iter(names))
+  prefix = table.split('.')[0] + '.'
+  if table.removeprefix(prefix) not in entries:
+    return entries
+  heads = {TIED_HEAD, *(n for n in names if not n.startswith(prefix))}
+  return {n if n in heads else prefix + n: e for n, e in entries.items()}
+
+
 def _check_tensors(
   root: pathlib.Path, config: Config, entries: Mapping[str, Entry]
 ) -> None:
-  stacked = config.num_layers * max(config.num_experts, 1)
-  if stacked > len(entries):
-    raise ValueError(
-      f'{root / "config.json"}: {config.num_layers} layers of'
-      f' {config.num_experts} experts, and the files hold {len(entries)}'
-      ' tensors: it describes another model'
-    )
   shapes = {n: place.shape for n, place in families.tensors(config).items()}
-  found = set(entries)
-  # Old files store what is derived, and a tied head twice.
-  found -= {name for name in found if name.endswith('rotary_emb.inv_freq')}
-  if config.tie_embeddings and TIED_HEAD in found:
+  found = {name for name in entries if not DERIVED.fullmatch(name)}
+  if config.tie_embeddings and TIED_HEAD in found:  # some have it twice
     shapes[TIED_HEAD] = (config.vocab_size, config.model_dim)
   missing = sorted(shapes.keys() - found)
   unexpected = sorted(found - shapes.keys())

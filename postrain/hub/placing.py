@@ -1,6 +1,6 @@
 """Stream the weights of a directory to where they belong, block by block.
 
-A block is a run of rows of one tensor of a file. It is mapped, cast, checked,
+A block is a run of rows of one tensor of a file. It is read, cast, checked,
 copied to the devices that hold a part of it, and forgotten before the next one
 is read: beside the parameters themselves no more than a few blocks exist.
 """
@@ -134,8 +134,10 @@ def _block(home: Home, wanted: list[slice], dtype: np.dtype) -> np.ndarray:
   first, *rest = (wanted[axis] for axis in part.perm)
   rows = part.shape[0] // sizes[0]
   base = where[0].start or 0
-  mapped = entry.rows(base + first.start * rows, base + first.stop * rows)
-  permuted = mapped[(slice(None), *where[1:])].reshape(-1, *sizes[1:])
+  read = entry.rows(
+    base + first.start * rows, base + first.stop * rows, *where[1:]
+  )
+  permuted = read.reshape(-1, *sizes[1:])
   view = permuted[(slice(None), *rest)].transpose(np.argsort(part.perm))
   with np.errstate(all='ignore'):
     block = np.array(view, dtype, order='C')
@@ -161,7 +163,7 @@ def _check_tied(directory: Directory, dtype: np.dtype) -> None:
   step = max(1, BLOCK_BYTES // max(table.row_bytes, head.row_bytes))
   for low in range(0, head.shape[0], step):
     high = min(low + step, head.shape[0])
-    one, other = (np.array(e.rows(low, high), dtype) for e in (head, table))
+    one, other = (e.rows(low, high).astype(dtype) for e in (head, table))
     if not np.array_equal(one, other):
       raise ValueError(
         f'{head.path}: {TIED_HEAD} differs from the embedding although'

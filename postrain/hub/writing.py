@@ -1,4 +1,4 @@
-"""Write a Hugging Face directory, one tensor at a time, all or nothing."""
+"""Write a Hugging Face directory, one file at a time, all or nothing."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -20,8 +20,6 @@ from postrain.models.config import Config
 from postrain.models.families import Path, Tensor
 from postrain.types import Params
 
-CHUNK = 2**20  # numbers that are checked and written at a time
-NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
 TOKENIZER_FILES = (
   'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*',
   'merges.txt', 'chat_template.*', 'additional_chat_templates/*.jinja',
@@ -46,13 +44,14 @@ def save(
     directory: appears by one rename when it is complete.
     config: of the model.
     params: its parameters, in shards or not, fully addressable from this
-      process; each tensor of a file is gathered, written and forgotten.
+      process; the tensors of each file are gathered, written, forgotten.
     source: the config.json that the model came from, for its token ids.
     tokenizer: a directory to copy tokenizer files, chat templates and
       generation_config.json from, or an object with ``save_pretrained``; None
       writes none.
     generation_config: the generation_config.json to write, for its stop ids.
-    max_shard_bytes: above this the weights are sharded with an index.
+    max_shard_bytes: of a file, and so of the memory that writing takes; above
+      this the weights are sharded with an index.
     overwrite: replace an earlier export (a directory with a config.json).
 
   Raises:
@@ -120,36 +119,25 @@ def _write_weights(
     })  # fmt: skip
   for file, shard in zip(files, shards, strict=True):
     _write_file(root / file, {name: places[name] for name in shard}, leaves)
+    # The library writes files that their owner alone may read.
+    shutil.copymode(root / 'config.json', root / file)
 
 
 def _write_file(
   path: pathlib.Path, places: Mapping[str, Tensor], leaves: Mapping[Path, Any]
 ) -> None:
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  end = 0
+  from safetensors.numpy import save_file
+
+  tensors = {}
   for name, place in places.items():
-    dtype = leaves[place.parts[0].path].dtype
-    start, end = end, end + math.prod(place.shape) * dtype.itemsize
-    header[name] = {
-      'dtype': NAMES[str(dtype)],
-      'shape': place.shape,
-      'data_offsets': (start, end),
-    }
-  text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)  # so that the tensors are aligned
-  with path.open('wb') as file:
-    file.write(len(text).to_bytes(8, 'little') + text)
-    for name, place in places.items():
-      value = place.stored(leaves).reshape(-1)
-      for start in range(0, value.size, CHUNK):
-        chunk = value[start : start + CHUNK]
-        with np.errstate(invalid='ignore'):
-          finite = np.isfinite(chunk).all()
-        if not finite:
-          raise ValueError(
-            f'{name} holds NaN or infinity: export parameters that are finite'
-          )
-        file.write(chunk.view(np.uint8).data)
+    tensors[name] = place.stored(leaves)
+    with np.errstate(invalid='ignore'):
+      finite = np.isfinite(tensors[name]).all()
+    if not finite:
+      raise ValueError(
+        f'{name} holds NaN or infinity: export parameters that are finite'
+      )
+  save_file(tensors, path, {'format': 'pt'})
 
 
 def _shards(size: Mapping[str, int], max_bytes: int) -> list[list[str]]:
@@ -180,9 +168,10 @@ def _leaves(config: Config, params: Params) -> dict[Path, Any]:
       'params lie on the devices of several processes: gather them first, with'
       ' jax.experimental.multihost_utils.process_allgather'
     )
-  if odd := {str(x.dtype) for x in leaves.values()} - NAMES.keys():
+  dtypes = WEIGHTS.values()
+  if odd := {str(x.dtype) for x in leaves.values()} - set(dtypes):
     raise ValueError(
-      f'params of {", ".join(sorted(odd))}: weights may be {", ".join(NAMES)}'
+      f'params of {", ".join(sorted(odd))}: weights may be {", ".join(dtypes)}'
     )
   return leaves
 
