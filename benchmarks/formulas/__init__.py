@@ -9,6 +9,7 @@ ROWS = policy.ROWS | distillation.ROWS | preference.ROWS | rewards.ROWS
 # Public names of `postrain.losses` that have no value and gradient to time.
 NO_LOSS = {
   'annealed_coef': 'a coefficient, one number',
+  'expert_shares': 'constants of `load_balance`, no gradient',
   'implicit_reward': 'a piece of `f_dpo`, timed there',
   'kto_reference_point': 'a constant of `kto`, no gradient',
   'last_score': 'a reading of scores',
@@ -59,6 +60,9 @@ def inputs(rows: int, length: int, vocab: int) -> dict[str, np.ndarray]:
       np.tile(np.arange(8, dtype=np.int32), (groups[0], 1)), axis=1
     ),
   )
+  x['router_logits'] = noise(*shape, 8)
+  x['experts'] = draw.integers(0, 8, (*shape, 2), dtype=np.int32)
+  x['shares'] = draw.dirichlet(np.ones(8)).astype(np.float32)
   for side in ('chosen', 'rejected'):
     lengths = draw.integers(16, 512, pairs, dtype=np.int32)
     sums = -lengths * (0.1 + chance(pairs))

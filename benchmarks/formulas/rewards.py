@@ -1,4 +1,7 @@
-"""Reward models: scores of pairs [65536], of groups [8192, 8], of steps."""
+"""Reward models: scores of pairs [65536], of groups [8192, 8], of steps.
+
+And the balance of a router over 8 experts.
+"""
 
 from typing import Any
 
@@ -24,6 +27,11 @@ def plackett_luce(x: Any, s: Any, ranks: Any) -> Any:
   return (x.logsumexp(shown) - s).sum(-1)
 
 
+def load_balance(x: Any, s: Any, experts: Any, m: Any, shares: Any) -> Any:
+  del experts
+  return 8 * (x.exp(x.log_softmax(s)) * shares).sum(-1) * m
+
+
 ROWS = {
   'bradley_terry': Row(
     f'{SCORES} margins',
@@ -43,4 +51,5 @@ ROWS = {
   ),
   'ranked_pairs': Row('group_scores ranks', ranked_pairs),
   'plackett_luce': Row('group_scores ranks', plackett_luce),
+  'load_balance': Row('router_logits experts mask shares', load_balance),
 }
