@@ -11,6 +11,7 @@ VERSION = re.search(
 )[1]
 
 PLOTS = ['matplotlib>=3.9']
+QUANTIZATION = ['qwix>=0.1.8,<0.2']
 TENSORBOARD = ['tensorboardX>=2.6']
 
 setup(
@@ -45,9 +46,11 @@ setup(
     'data': ['grain>=0.2.18'],
     'math': ['math-verify>=0.8'],
     'plots': PLOTS,
+    'quantization': QUANTIZATION,
     'tensorboard': TENSORBOARD,
     'test': [
       *PLOTS,
+      *QUANTIZATION,
       *TENSORBOARD,
       'beartype>=0.21',
       'hypothesis>=6.100',

@@ -47,6 +47,12 @@ def get_config() -> ConfigDict:
       ),
       entropy_coef=config_dict.placeholder(float),
       reference=dict(update='frozen', decay=0.99, every=1),
+      routing=dict(
+        record=False,
+        replay=config_dict.placeholder(str),
+        balance_coef=config_dict.placeholder(float),
+        balance_over='sequence',
+      ),
       filter=dict(overlong='keep', informative_only=False, max_rollouts=1),
       # How much of it.
       sampling=dict(

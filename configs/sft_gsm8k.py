@@ -35,6 +35,7 @@ def get_config(folder: str = 'gsm8k') -> ConfigDict:
   config.model = dict(
     name='transformer', num_layers=4, model_dim=256, mlp_dim=704,
     num_heads=8, num_kv_heads=4, head_dim=32, max_length=512, qk_norm=True,
+    family='qwen3',
   )  # fmt: skip
   config.rewards = dict(
     accuracy=dict(name='accuracy', weight=1.0),

@@ -3,14 +3,21 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+import os
+from typing import Any, Literal
 
 import jax
 
-from postrain import hub
+from postrain import hub, peft
+from postrain.adapted import Adapted
+from postrain.binding import check_arguments
 from postrain.environments import Environment
+from postrain.models import families
 from postrain.models.config import Config
+from postrain.models.lora import LoRA, merged
+from postrain.models.lora import lora as make_lora
 from postrain.models.transformer import transformer as make_transformer
+from postrain.quantization import quantized, stored
 from postrain.tasks.sort import toy_policy
 from postrain.types import Model, Params
 
@@ -45,16 +52,30 @@ def transformer(
   num_kv_heads: int,
   head_dim: int,
   max_length: int,
+  family: str = 'llama',
   rope_theta: float = 10_000.0,
   norm_eps: float = 1e-6,
   tie_embeddings: bool = True,
   qkv_bias: bool = False,
   qk_norm: bool = False,
+  num_experts: int = 0,
+  experts_per_token: int = 0,
+  normalize_gates: bool = True,
+  shared_mlp_dim: int = 0,
   dtype: str = 'float32',
   param_dtype: str = 'float32',
   remat: str | None = None,
+  lora: dict[str, Any] | None = None,
+  quantize: Literal['int8', 'nf4'] | None = None,
 ) -> Actor:
-  """A decoder from scratch; see `postrain.models.transformer.Config`."""
+  """A decoder from scratch; see `postrain.models.config.Config`.
+
+  With ``lora``, fields of `postrain.models.lora.LoRA`, only its adapters train,
+  and ``quantize`` stores what they adapt in fewer bits.
+
+  Raises:
+    ValueError: the family, whose layout the export will have, lacks a feature.
+  """
   config = Config(
     vocab_size=environment.vocab_size,
     num_layers=num_layers,
@@ -64,18 +85,31 @@ def transformer(
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     max_length=max_length,
+    family=family,
     rope_theta=rope_theta,
     norm_eps=norm_eps,
     tie_embeddings=tie_embeddings,
     qkv_bias=qkv_bias,
     qk_norm=qk_norm,
+    num_experts=num_experts,
+    experts_per_token=experts_per_token,
+    normalize_gates=normalize_gates,
+    shared_mlp_dim=shared_mlp_dim,
     dtype=dtype,
     param_dtype=param_dtype,
     remat=remat,
   )
-  model = make_transformer(config)
-  export = functools.partial(_export, environment, config)
-  return Actor(model, jitted_init(model), max_length, export)
+  return _from_scratch(environment, config, lora, quantize)
+
+
+def _from_scratch(
+  environment: Environment, config: Config, lora: Any, quantize: Any
+) -> Actor:
+  families.to_huggingface(config)  # refuses before anything is trained
+  model = _model(config, lora, quantize)
+  export = functools.partial(_export, environment, config, None)
+  actor = Actor(model, jitted_init(model), config.max_length, export)
+  return _with_lora(actor, config, lora)
 
 
 def pretrained(
@@ -84,27 +118,87 @@ def pretrained(
   directory: str,
   dtype: str = 'float32',
   remat: str | None = None,
+  lora: dict[str, Any] | None = None,
+  quantize: Literal['int8', 'nf4'] | None = None,
 ) -> Actor:
   """The model of a Hugging Face directory; see `postrain.hub`.
 
-  The weights are read at once, so that a broken file is known before anything
-  else, and placed in their shards when the run begins.
+  The headers of its files are checked at once, so that most broken ones are
+  known before anything else; the weights go into their shards when the run
+  begins. With ``lora``, fields of `postrain.models.lora.LoRA`, they stay as
+  they are and its adapters train; ``quantize`` stores them in fewer bits.
   """
-  loaded = hub.load(directory, dtype=dtype)
-  config = dataclasses.replace(loaded.config, remat=remat)
-  return Actor(
-    make_transformer(config),
-    lambda _, shardings: jax.device_put(loaded.params, shardings),
+  opened = hub.open(directory, dtype=dtype)
+  config = dataclasses.replace(opened.config, remat=remat)
+  model = _model(config, lora, quantize)
+
+  def init(_: Any, shardings: Any) -> Params:
+    if quantize is None:
+      return hub.read(opened, shardings)
+    # Matrix by matrix: the whole stays on the host.
+    return jax.device_put(stored(model, hub.read(opened), quantize), shardings)
+
+  actor = Actor(
+    model,
+    init,
     config.max_length,
-    functools.partial(_export, environment, config),
+    functools.partial(_export, environment, config, opened),
   )
+  return _with_lora(actor, config, lora, base=directory)
+
+
+def _model(config: Config, lora: Any, quantize: Any) -> Model:
+  model = make_transformer(config)
+  if quantize is None:
+    return model
+  if lora is None:
+    raise ValueError(
+      f'model.quantize={quantize!r} without model.lora: what is quantised is'
+      ' not trained; give it adapters, dict(rank=..., alpha=..., targets=...)'
+    )
+  return quantized(model, quantize)
+
+
+def _with_lora(
+  actor: Actor, config: Config, block: dict[str, Any] | None,
+  base: str | None = None,
+) -> Actor:  # fmt: skip
+  """Adapters on an actor, exported merged and, in 'adapter', by themselves."""
+  if block is None:
+    return actor
+  check_arguments(LoRA, block, 'model.lora')
+  choices = LoRA(**block)
+  model = make_lora(actor.model, choices)
+
+  def init(key: Any, shardings: Any) -> Params:
+    adapters = jax.jit(
+      lambda key: model.init(key).adapters, out_shardings=shardings.adapters
+    )(key)
+    return Adapted(actor.init(key, shardings.base), adapters)
+
+  def export(directory: str, params: Params) -> None:
+    if actor.export is not None:
+      actor.export(directory, merged(params, choices))
+    peft.save(
+      os.path.join(directory, 'adapter'), config, choices, params.adapters,
+      base=base,
+    )  # fmt: skip
+
+  return Actor(model, init, actor.max_length, export)
 
 
 def _export(
-  environment: Environment, config: Config, directory: str, params: Params
-) -> None:
+  environment: Environment, config: Config, origin: hub.Directory | None,
+  directory: str, params: Params,
+) -> None:  # fmt: skip
   hub.save(
-    directory, config, params, tokenizer=environment.tokenizer, overwrite=True
+    directory,
+    config,
+    params,
+    source=origin and origin.source,
+    tokenizer=environment.tokenizer,
+    generation_config=origin and origin.generation_config,
+    overwrite=True,
   )
 
 

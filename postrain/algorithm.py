@@ -22,9 +22,14 @@ from postrain import (
   objectives,
   optimizers,
 )
-from postrain.batches import asked, call_by_name, reweigh, take
+from postrain.adapted import trainable
+from postrain.batches import asked, reweigh, take
 from postrain.binding import bind
-from postrain.couplings import with_array, with_selection
+from postrain.couplings import (
+  with_array,
+  with_expert_shares,
+  with_selection,
+)
 from postrain.preparation import bind_advantage, make_prepare, uses_reference
 from postrain.recipe import Block, Recipe
 from postrain.sampling import sample
@@ -107,6 +112,7 @@ def _make_update(
     kl=bind(kl, recipe.kl.estimator),
     kl_coef=recipe.kl.loss_coef,
     entropy_coef=recipe.entropy_coef,
+    balance_coef=recipe.routing.balance_coef,
     temperature=recipe.sampling.temperature,
     chunk_size=recipe.chunk_size,
   )
@@ -114,11 +120,13 @@ def _make_update(
     objective, optimizer, num_micro_batches=recipe.rl.num_micro_batches
   )
   select = _make_select(recipe, model, restricts='selected' not in asked(loss))
+  measure = _make_measure(recipe, model, recipe.rl.num_micro_batches)
 
   def update(
     state: Any, batch: Batch, rows: Any, key: Any
   ) -> tuple[Any, Metrics]:
     batch = select(state.params['actor'], take(batch, rows), key)
+    batch = measure(state.params['actor'], batch)
     return rl_step(state, {}, weigh(batch))
 
   return update
@@ -131,17 +139,23 @@ def _make_imitate(
     objectives.supervised(
       model,
       loss=losses.negative_log_likelihood,
+      balance_coef=recipe.routing.balance_coef,
       chunk_size=recipe.chunk_size,
     ),
     optimizer,
     num_micro_batches=recipe.sft.num_micro_batches,
   )
+  measure = _make_measure(recipe, model, recipe.sft.num_micro_batches)
 
   def imitate(
     state: Any, tokens: Any, valid: Any, mask: Any
   ) -> tuple[Any, Metrics]:
-    weights = {'policy': call_by_name(aggregation.token_mean, {'mask': mask})}
-    return sft_step(state, {}, Batch(tokens, valid, mask, weights, {}))
+    weights = {
+      'policy': aggregation.token_mean(mask),
+      'balance': aggregation.token_mean(valid),
+    }
+    batch = Batch(tokens, valid, mask, weights, {})
+    return sft_step(state, {}, measure(state.params['actor'], batch))
 
   return imitate
 
@@ -177,11 +191,22 @@ def _make_select(
   return select
 
 
+def _make_measure(
+  recipe: Recipe, model: Model, num_slices: int
+) -> Callable[[Params, Batch], Batch]:
+  """The experts' load over the minibatch, where the loss of balance asks."""
+  choices = recipe.routing
+  if choices.balance_coef is None or choices.balance_over == 'sequence':
+    return lambda params, batch: batch
+  return functools.partial(with_expert_shares, model, num_slices=num_slices)
+
+
 def _make_sample(
   recipe: Recipe, model: Model, pad_id: int, stop_ids: tuple[int, ...],
   greedy: bool = False,
 ) -> Callable[..., Samples]:  # fmt: skip
-  choices = recipe.sampling
+  choices, routing = recipe.sampling, recipe.routing
+  record = routing.record or routing.replay == 'sampler'
   if greedy:
     choices = dataclasses.replace(
       choices, num_samples=1, temperature=0, top_k=None, top_p=None, min_p=None
@@ -204,6 +229,7 @@ def _make_sample(
       top_k=choices.top_k,
       top_p=choices.top_p,
       min_p=choices.min_p,
+      record_routing=record and not greedy,
       prompt_ids=prompt_ids,
     )
 
@@ -217,6 +243,7 @@ def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:
     """The reference after ``iteration`` (from 0) has updated ``params``."""
     if choices.update == 'frozen':
       return ref_params
+    params = trainable(params)
     if choices.update == 'ema':
       return jax.tree.map(
         lambda r, p: choices.decay * r + (1 - choices.decay) * p,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
 from postrain import shaping
+from postrain.aggregation import token_mean
 from postrain.types import Batch, Packing, Rollout
 
 
@@ -118,7 +119,8 @@ def reweigh(
 
   weights = where(trained, aggregation(counted), 0) x correction for the term
   ``policy``; ``entropy`` and ``value`` (and ``kl``, unless it has an
-  aggregation of its own) are aggregated over all of ``batch.mask``.
+  aggregation of its own) are aggregated over all of ``batch.mask``, and
+  ``balance``, the load of experts, is a mean over ``batch.valid``.
 
   Args:
     batch: from `assemble`.
@@ -139,6 +141,7 @@ def reweigh(
   everyone = aggregate(aggregation, batch.mask)
   weights = {'policy': policy, 'entropy': everyone, 'value': everyone}
   weights['kl'] = aggregate(kl_aggregation or aggregation, batch.mask)
+  weights['balance'] = token_mean(batch.valid)
   return dataclasses.replace(batch, weights=weights)
 
 

@@ -4,8 +4,10 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from postrain.adapted import bases, rejoined, trainable
 from postrain.workdir import die_at
 
 
@@ -13,7 +15,8 @@ class Checkpoints:
   """The checkpoints of a run: atomic, complete or absent.
 
   A step is committed by a rename; what a kill leaves half-written is never
-  listed and is replaced when the step is saved again.
+  listed and is replaced when the step is saved again. A frozen base (see
+  `postrain.adapted`) is saved once, beside the steps.
   """
 
   def __init__(
@@ -28,6 +31,7 @@ class Checkpoints:
       create=not read_only,
       read_only=read_only,
     )
+    self._base = os.path.join(os.path.abspath(directory), 'base')
     self._manager = ocp.CheckpointManager(
       os.path.abspath(directory),
       options=options,
@@ -47,7 +51,13 @@ class Checkpoints:
     import orbax.checkpoint as ocp
 
     check_leaves(state)
-    saved = self._manager.save(step, args=ocp.args.StandardSave(state))
+    frozen = bases(state)
+    if frozen and not os.path.exists(self._base):
+      with ocp.StandardCheckpointer() as once:
+        once.save(self._base, jax.tree.map(_wide, frozen))
+    saved = self._manager.save(
+      step, args=ocp.args.StandardSave(trainable(state))
+    )
     die_at('in_checkpoint', step)
     self._manager.wait_until_finished()
     if not saved:
@@ -65,19 +75,43 @@ class Checkpoints:
     """
     import orbax.checkpoint as ocp
 
-    stored = _signature(self._manager.item_metadata(step).tree)
-    wanted = _signature(like)
-    if stored != wanted:
-      raise ValueError(
-        f'checkpoint {step} in {self._manager.directory} is of another model'
-        f' or optimiser: {_difference(stored, wanted)}. Take the code and the'
-        ' files that it was made with, or another --workdir'
-      )
-    return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    trained, frozen = trainable(like), bases(like)
+    where = f'checkpoint {step} in {self._manager.directory}'
+    _check(where, self._manager.item_metadata(step).tree, trained)
+    state = self._manager.restore(step, args=ocp.args.StandardRestore(trained))
+    if not frozen:
+      return state
+    wide = jax.tree.map(_wide, frozen)
+    with ocp.StandardCheckpointer() as once:
+      stored: Any = once.metadata(self._base).item_metadata
+      _check(f'the base of {where}', stored.tree, wide)
+      base = once.restore(self._base, wide)
+    base = jax.tree.map(lambda x, like: x.astype(like.dtype), base, frozen)
+    return rejoined(state, base)
 
   def close(self) -> None:
     """Wait for what is under way and release the directory."""
     self._manager.close()
+
+
+def _wide(leaf: Any) -> Any:
+  """A leaf, or its shape, in a type that can be stored: uint4 cannot."""
+  if leaf.dtype != jnp.uint4:
+    return leaf
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return leaf.update(dtype=jnp.uint8)
+  return leaf.astype(jnp.uint8)
+
+
+def _check(where: str, stored_tree: Any, like: Any) -> None:
+  """Refuse to restore what was saved as something else."""
+  stored, wanted = _signature(stored_tree), _signature(like)
+  if stored != wanted:
+    raise ValueError(
+      f'{where} is of another model or optimiser:'
+      f' {_difference(stored, wanted)}. Take the code and the files that it was'
+      ' made with, or another --workdir'
+    )
 
 
 def _signature(tree: Any) -> dict[str, str]:

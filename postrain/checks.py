@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain import advantages
+from postrain.adapted import trainable
 from postrain.algorithm import Algorithm
 from postrain.binding import bind
 from postrain.environments import Environment
@@ -46,6 +47,8 @@ def check_assembly(
       "filter.overlong='mask', but no token ends a completion: every one would"
       " count as truncated and nothing would train; set it to 'keep'"
     )
+  if not model.num_experts:
+    _check_dense(recipe)
   shards = recipe.mesh.data * recipe.mesh.fsdp * recipe.mesh.expert
   if recipe.rl.num_iterations:
     _check_groups(recipe)
@@ -103,7 +106,8 @@ def _iteration(
   """One rollout and its first update, on whatever prompts."""
   key = jax.random.key(seed)
   params = {'actor': model.init(key)}
-  reference = params['actor'] if algorithm.uses_reference else None
+  trained = trainable(params)
+  reference = trained['actor'] if algorithm.uses_reference else None
   shape = (recipe.rl.num_prompts, environment.prompt_length)
   prompts, mask = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
   samples = algorithm.sample(
@@ -121,10 +125,21 @@ def _iteration(
     params, reference, prompts, mask, samples, rewards, signals
   )
   state = TrainState(
-    jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
+    jnp.int32(0), params, algorithm.rl_optimizer.init(trained), reference
   )
   rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
   algorithm.update(state, batch, rows, key)
+
+
+def _check_dense(recipe: Recipe) -> None:
+  fields = {'record': False, 'replay': None, 'balance_coef': None}
+  for field, unused in fields.items():
+    value = getattr(recipe.routing, field)
+    if value is not unused:
+      raise ValueError(
+        f'routing.{field}={value!r}, but model {recipe.model["name"]!r} has no'
+        f' experts: set it to {unused}, or take a mixture (model.num_experts)'
+      )
 
 
 def _check_groups(recipe: Recipe) -> None:

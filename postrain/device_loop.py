@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from postrain import actors, environments
+from postrain.adapted import trainable
 from postrain.algorithm import Algorithm, make_algorithm
 from postrain.batches import minibatch_rows
 from postrain.binding import bind
@@ -134,9 +135,10 @@ def _loop(config: dict[str, Any], seed: Array) -> Any:
     recipe, actor.model, pad_id=task.pad_id, stop_ids=task.stop_ids
   )
   params = {'actor': actor.model.init(run_key(seed, 'init'))}
-  reference = params['actor'] if algorithm.uses_reference else None
+  trained = trainable(params)
+  reference = trained['actor'] if algorithm.uses_reference else None
   state = TrainState(
-    jnp.int32(0), params, algorithm.rl_optimizer.init(params), reference
+    jnp.int32(0), params, algorithm.rl_optimizer.init(trained), reference
   )
 
   def iterate(state: TrainState, iteration: Array) -> Any:

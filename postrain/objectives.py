@@ -2,6 +2,10 @@
 
 An objective is a sum of terms; a term is coefficient x sum(weights x values),
 so that it is additive over units and nothing depends on how a batch is cut.
+
+Where ``batch.arrays`` holds ``experts`` [B T L K], tokens visit those: the
+routing of another pass is replayed, with live gates, so that the gradient
+reaches the routers.
 """
 
 from collections.abc import Callable
@@ -14,7 +18,14 @@ from jaxtyping import Array, Bool
 from postrain.batches import call_by_name
 from postrain.dtypes import promoted
 from postrain.logprobs import token_entropy, token_logprobs
-from postrain.scoring import hidden_states, map_logits
+from postrain.losses import load_balance
+from postrain.scoring import (
+  hidden_states,
+  map_logits,
+  rerouted,
+  routed_states,
+  selected,
+)
 from postrain.types import (
   Batch,
   Mean,
@@ -43,14 +54,15 @@ def policy_gradient(
   value_loss: Callable | None = None,
   value_coef: Scalar | None = None,
   critic: Model | None = None,
+  balance_coef: Scalar | None = None,
   temperature: Scalar = 1.0,
   chunk_size: int = 128,
 ) -> Objective:
   """The objective of policy-gradient methods.
 
   Σ w_policy·loss + kl_coef Σ w_kl·kl − entropy_coef Σ w_entropy·H
-  + value_coef Σ w_value·value_loss. A coefficient of None removes its term
-  from the graph.
+  + value_coef Σ w_value·value_loss + balance_coef Σ w_balance·load_balance. A
+  coefficient of None removes its term from the graph.
 
   Args:
     model: of the role ``actor``.
@@ -61,6 +73,10 @@ def policy_gradient(
     value_loss: of `postrain.losses`.
     value_coef: its coefficient.
     critic: of the role ``critic``; its unembed gives one value.
+    balance_coef: coefficient of `postrain.losses.load_balance`, the mean over
+      layers, for a mixture of experts. Shares of the load are those of
+      `postrain.couplings.with_expert_shares` if the batch has them, else those
+      of each sequence.
     temperature: at which the policy was sampled.
     chunk_size: time positions whose logits exist at once.
 
@@ -78,13 +94,14 @@ def policy_gradient(
   ) -> tuple[Array, Metrics]:
     del frozen
     mask, weights = batch.mask, batch.weights
-    logprobs, entropy = _policy_figures(
+    logprobs, entropy, routing = _policy_figures(
       model,
       params['actor'],
       batch,
       temperature,
       chunk_size,
       entropy_coef is not None,
+      balance_coef is not None or 'experts' in batch.arrays,
     )
     arrays = {**batch.arrays, 'mask': mask, 'logprobs': logprobs}
     values, figures = call_by_name(loss, arrays)
@@ -107,6 +124,13 @@ def policy_gradient(
       )
       total += value_coef * term
       metrics |= value_metrics
+    if 'experts' in batch.arrays:
+      moved = rerouted(routing['experts'], selected(routing))
+      metrics['policy/rerouted'] = masked_mean(moved, batch.valid)
+    if balance_coef is not None:
+      term, figures = _balance_term(batch, routing)
+      total += balance_coef * term
+      metrics |= figures
     metrics['loss'] = Sum(jax.lax.stop_gradient(total))
     return total, metrics
 
@@ -114,24 +138,36 @@ def policy_gradient(
 
 
 def supervised(
-  model: Model, *, loss: Callable, chunk_size: int = 128
+  model: Model,
+  *,
+  loss: Callable,
+  balance_coef: Scalar | None = None,
+  chunk_size: int = 128,
 ) -> Objective:
-  """The objective of supervised fine-tuning: Σ w_policy·loss(logprobs)."""
+  """The objective of supervised fine-tuning: Σ w_policy·loss(logprobs).
+
+  With ``balance_coef`` also that of `policy_gradient`'s load balance.
+  """
 
   def objective(
     params: dict[str, Params], frozen: dict[str, Params], batch: Batch
   ) -> tuple[Array, Metrics]:
     del frozen
-    logprobs, _ = _policy_figures(
-      model, params['actor'], batch, 1.0, chunk_size, False
-    )
+    logprobs, _, routing = _policy_figures(
+      model, params['actor'], batch, 1.0, chunk_size, False,
+      balance_coef is not None,
+    )  # fmt: skip
     arrays = {**batch.arrays, 'mask': batch.mask, 'logprobs': logprobs}
     values, figures = call_by_name(loss, arrays)
     total = jnp.sum(batch.weights['policy'] * values)
-    metrics: Metrics = {'loss': Sum(jax.lax.stop_gradient(total))}
-    metrics |= {
+    metrics: Metrics = {
       f'sft/{k}': masked_mean(v, batch.mask) for k, v in figures.items()
     }
+    if balance_coef is not None:
+      term, figures = _balance_term(batch, routing)
+      total += balance_coef * term
+      metrics |= figures
+    metrics['loss'] = Sum(jax.lax.stop_gradient(total))
     return total, metrics
 
   return objective
@@ -156,7 +192,7 @@ def preference(
     params: dict[str, Params], frozen: dict[str, Params], batch: Batch
   ) -> tuple[Array, Metrics]:
     del frozen
-    logprobs, _ = _policy_figures(
+    logprobs, *_ = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False
     )
     arrays = _pair_arrays('', logprobs, batch.mask)
@@ -197,7 +233,7 @@ def unpaired(
     params: dict[str, Params], frozen: dict[str, Params], batch: Batch
   ) -> tuple[Array, Metrics]:
     del frozen
-    logprobs, _ = _policy_figures(
+    logprobs, *_ = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False
     )
     names = {'logprobs': logprobs, 'ref_logprobs': batch.arrays['ref_logprobs']}
@@ -224,12 +260,13 @@ def _pair_arrays(
 
 def _policy_figures(
   model: Model, params: Params, batch: Batch, temperature: Any,
-  chunk_size: int, entropy_gradient: bool,
-) -> tuple[Array, Array]:  # fmt: skip
-  """Log-probs and entropy of the batch's tokens, in one pass over chunks."""
-  hidden = hidden_states(
-    model, params, batch.tokens, batch.valid, batch.mask, batch.packing
-  )
+  chunk_size: int, entropy_gradient: bool, record: bool = False,
+) -> tuple[Array, Array, dict[str, Array]]:  # fmt: skip
+  """Log-probs, entropy and routing of the batch's tokens, in one pass."""
+  hidden, routing = routed_states(
+    model, params, batch.tokens, batch.valid, batch.mask, batch.packing,
+    experts=batch.arrays.get('experts'), record=record,
+  )  # fmt: skip
 
   def figures(logits: Array, tokens: Array) -> tuple[Array, Array]:
     logprobs = token_logprobs(logits, tokens, temperature=temperature)
@@ -237,9 +274,30 @@ def _policy_figures(
       logits = jax.lax.stop_gradient(logits)
     return logprobs, token_entropy(logits, temperature=temperature)
 
-  return map_logits(
+  logprobs, entropy = map_logits(
     figures, model, params, hidden, batch.tokens, chunk_size=chunk_size
   )
+  return logprobs, entropy, routing
+
+
+def _balance_term(
+  batch: Batch, routing: dict[str, Array]
+) -> tuple[Array, Metrics]:
+  """Σ w_balance · load_balance, the mean over layers."""
+  shares = batch.arrays.get('expert_shares')
+  each_layer = jax.vmap(load_balance, in_axes=(2, 2, None, 0))
+  values, figures = jax.tree.map(
+    lambda x: jnp.mean(x, axis=0),
+    each_layer(
+      routing['router_logits'], routing['experts'], batch.valid,
+      None if shares is None else shares[0],
+    ),
+  )  # fmt: skip
+  metrics: Metrics = {
+    f'balance/{k}': masked_mean(jax.lax.stop_gradient(v), batch.valid)
+    for k, v in {'loss': values, **figures}.items()
+  }
+  return jnp.sum(batch.weights['balance'] * values), metrics
 
 
 def _value_term(

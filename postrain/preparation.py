@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from postrain import advantages, kl, masks, objectives, shaping
+from postrain.adapted import bases, rejoined
 from postrain.batches import asked, assemble, call_by_name
 from postrain.binding import bind
 from postrain.recipe import Recipe
-from postrain.scoring import score
+from postrain.scoring import Scores, rerouted, score
 from postrain.types import (
   Batch,
   Max,
@@ -20,6 +21,7 @@ from postrain.types import (
   Params,
   Rollout,
   Samples,
+  Scalar,
 )
 
 
@@ -61,22 +63,26 @@ def make_prepare(
     samples: Samples, rewards: Any, signals: dict[str, Any],
   ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
-    scores = score_fn(params['actor'], tokens, valid, mask)
+    replay = recipe.routing.replay
+    scores = score_fn(
+      params['actor'], tokens, valid, mask,
+      experts=samples.experts if replay == 'sampler' else None,
+      record_routing=replay == 'old' or samples.experts is not None,
+    )  # fmt: skip
     arrays = {
       'old_logprobs': scores.logprobs,
       'sampler_logprobs': behind_prompt(prompts, samples.sampler_logprobs),
     }
+    if replay is not None:
+      arrays['experts'] = (scores if replay == 'old' else samples).experts
     gap = jnp.abs(
       scores.model_logprobs - behind_prompt(prompts, samples.model_logprobs)
     )
-    informative = masks.informative_groups(rewards)
-    metrics: Metrics = {
-      'sampler/logprob_gap_max': Max(jnp.where(mask, gap, 0).max()),
-      'sampler/logprob_gap': objectives.masked_mean(gap, mask),
-      'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
-    }
+    informative = masks.informative_groups(rewards)  # before any KL
+    metrics = _sampler_metrics(scores, samples, gap, mask)
     if uses_reference(recipe):
-      ref = score_fn(ref_params, tokens, valid, mask)
+      reference = rejoined(ref_params, bases(params['actor']))
+      ref = score_fn(reference, tokens, valid, mask)
       arrays['ref_logprobs'] = ref.logprobs
       figures = {'logprobs': scores.logprobs, 'ref_logprobs': ref.logprobs}
       metrics |= _reference_metrics(figures, mask)
@@ -85,9 +91,7 @@ def make_prepare(
         if 'mask' in asked(advantage):  # along tokens: each pays for itself
           arrays['penalties'] = recipe.kl.reward_coef * penalty
         else:
-          rewards = shaping.kl_penalized(
-            rewards.reshape(-1), penalty, mask, coef=recipe.kl.reward_coef
-          ).reshape(rewards.shape)
+          rewards = _penalized(recipe.kl.reward_coef, rewards, penalty, mask)
     rollout = Rollout(
       tokens=tokens,
       valid=valid,
@@ -123,6 +127,22 @@ def behind_prompt(prompts: Any, values: Any) -> Any:
   return jnp.pad(values, ((0, 0), (prompts.shape[1], 0)))
 
 
+def _sampler_metrics(
+  scores: Scores, samples: Samples, gap: Any, mask: Any
+) -> Metrics:
+  """How sampler and learner differ, in log-probs and in routing."""
+  metrics: Metrics = {
+    'sampler/logprob_gap_max': Max(jnp.where(mask, gap, 0).max()),
+    'sampler/logprob_gap': objectives.masked_mean(gap, mask),
+    'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
+  }
+  if samples.experts is not None and scores.experts is not None:
+    moved = rerouted(samples.experts, scores.experts)
+    known = (samples.experts >= 0).all((-2, -1))
+    metrics['sampler/rerouted'] = objectives.masked_mean(moved, known)
+  return metrics
+
+
 def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
   k1 = jnp.where(mask, call_by_name(kl.k1, figures), 0)
   k3 = call_by_name(kl.k3, figures)
@@ -131,6 +151,13 @@ def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
     'reference/kl_sequence': Mean(k1.sum(), sequences.sum(dtype=jnp.float32)),
     'reference/kl_token': objectives.masked_mean(k3, mask),
   }
+
+
+def _penalized(coef: Scalar, rewards: Any, penalty: Any, mask: Any) -> Any:
+  """Each reward less the KL of its whole completion."""
+  return shaping.kl_penalized(
+    rewards.reshape(-1), penalty, mask, coef=coef
+  ).reshape(rewards.shape)
 
 
 def _columns(batch: Batch, gap: Any) -> dict[str, Any]:

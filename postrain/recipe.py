@@ -81,6 +81,21 @@ class Filter:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+  """What a mixture of experts needs beside; of a dense model nothing.
+
+  Replay has the learner visit recorded experts: those of the sampler (R3), for
+  the old log-probs too, or those of the pass that made the old log-probs (R2).
+  The reference always routes by itself.
+  """
+
+  record: bool  # the sampler's routing, to measure where the learner's differs
+  replay: typing.Literal['sampler', 'old'] | None
+  balance_coef: Scalar | None
+  balance_over: typing.Literal['minibatch', 'sequence']  # shares of the load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
   """Held-out figures, graded by one of the rewards."""
 
@@ -138,6 +153,7 @@ class Recipe:
   kl: KL
   entropy_coef: Scalar | None
   reference: Reference
+  routing: Routing
   filter: Filter
   sft: Supervised
   rl: Reinforcement

@@ -58,6 +58,7 @@ def select_groups(
     [e for p, *_ in parts for e in p.examples],
   )
   prompts = prompts._replace(examples=[prompts.examples[g] for g in groups])
+  parts = [(p, _widened(s, width), r) for p, s, r in parts]
   samples = jax.tree.map(
     lambda *x: np.concatenate(x)[rows], *(samples for _, samples, _ in parts)
   )
@@ -66,3 +67,14 @@ def select_groups(
     for label in parts[0][2]
   }
   return prompts, samples, rewards
+
+
+def _widened(samples: Samples, prompt_length: int) -> Samples:
+  """Pad the experts of prompts on the left, where none was recorded."""
+  if samples.experts is None:
+    return samples
+  length = prompt_length + samples.tokens.shape[1]
+  missing = length - samples.experts.shape[1]
+  widths = ((0, 0), (missing, 0), (0, 0), (0, 0))
+  experts = np.pad(samples.experts, widths, constant_values=-1)
+  return samples._replace(experts=experts)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from postrain.batches import check_packing, cut, join
+from postrain.dtypes import promoted
 from postrain.logprobs import map_time_chunks, token_entropy, token_logprobs
-from postrain.types import Model, Packing, Scalar
+from postrain.types import Cache, Model, Packing, Params, Scalar
 
 
 class Scores(NamedTuple):
@@ -17,16 +18,175 @@ class Scores(NamedTuple):
 
   ``logprobs`` and ``entropy`` are at the given temperature,
   ``model_logprobs`` at temperature 1, comparable with the sampler's.
+  ``experts`` are those that the routers select for each real token, -1 on
+  padding: the visited ones, unless others were given.
   """
 
   logprobs: Float[Array, 'B T']
   entropy: Float[Array, 'B T']
   model_logprobs: Float[Array, 'B T']
+  experts: Int[Array, 'B T L K'] | None = None
 
 
 def token_positions(valid: Bool[Array, 'B T']) -> Int[Array, 'B T']:
   """Count real tokens from 0, so that left padding moves nothing."""
   return jnp.maximum(jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def forward(
+  model: Model,
+  params: Params,
+  tokens: Int[Array, 'B N'],
+  *,
+  positions: Int[Array, 'B N'],
+  segment_ids: Int[Array, 'B N'],
+  cache: Cache | None = None,
+  experts: Int[Array, 'B N L K'] | None = None,
+  capture: tuple[str, ...] = (),
+) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]:
+  """Call `Model.hidden`, or `Model.internals` where more is asked of it.
+
+  Raises:
+    ValueError: the model shows no internals, or has no experts.
+  """
+  where: Any = dict(positions=positions, segment_ids=segment_ids, cache=cache)
+  if experts is None and not capture:
+    return *model.hidden(params, tokens, **where), {}
+  if not model.num_experts and (experts is not None or {*capture} & {*ROUTING}):
+    raise ValueError(
+      'routing is recorded, replayed or balanced, but the model has no experts:'
+      ' take a mixture of experts, or ask for none of the three'
+    )
+  if model.internals is None:
+    raise ValueError(
+      f'capture={capture} of a model without internals: give it some, see'
+      ' postrain.types.Model'
+    )
+  return model.internals(
+    params, tokens, **where, capture=capture, experts=experts
+  )
+
+
+def read_states(
+  model: Model,
+  params: Params,
+  tokens: Int[Array, 'B T'],
+  valid: Bool[Array, 'B T'],
+  packing: Packing | None = None,
+  capture: tuple[str, ...] = (),
+  experts: Int[Array, 'B T L K'] | None = None,
+) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
+  """Hidden states after each token, and what else that one forward shows.
+
+  ``out[:, t]`` has read ``tokens[:, t]``. Packed rows are scattered back, so
+  that no caller ever meets a segment id.
+
+  Args:
+    model: see `postrain.types.Model`.
+    params: its parameters.
+    tokens: prompt and completion.
+    valid: True on real tokens.
+    packing: layout of the call.
+    capture: names of states of the layers, see `postrain.types.InternalsFn`.
+    experts: that each token visits; where negative the router chooses.
+
+  Raises:
+    ValueError: see `forward`.
+  """
+  if experts is not None:
+    experts = jnp.where(valid[..., None, None], experts, -1)
+  positions, segment_ids = token_positions(valid), valid.astype(jnp.int32)
+  if packing is not None:
+    positions, segment_ids = packing.positions, packing.segment_ids
+    tokens, experts = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:])[packing.source], (tokens, experts)
+    )
+  hidden, _, captured = forward(
+    model, params, tokens, positions=positions, segment_ids=segment_ids,
+    experts=experts, capture=capture,
+  )  # fmt: skip
+  if packing is None:
+    return hidden, captured
+
+  def unpacked(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])[packing.slot]
+
+  return unpacked(hidden), {
+    name: unpacked(x) if name == 'experts' else jax.vmap(unpacked)(x)
+    for name, x in captured.items()
+  }
+
+
+ROUTING = ('experts', 'router_logits')
+
+
+def routed_states(
+  model: Model,
+  params: Params,
+  tokens: Int[Array, 'B T'],
+  valid: Bool[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  packing: Packing | None = None,
+  *,
+  experts: Int[Array, 'B T L K'] | None = None,
+  record: bool = False,
+) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
+  """`hidden_states`, and how tokens were routed.
+
+  Args:
+    model: see `postrain.types.Model`.
+    params: its parameters.
+    tokens: prompt and completion.
+    valid: True on real tokens.
+    mask: True where hidden states are wanted.
+    packing: layout of the call.
+    experts: that each token visits; where negative the router chooses.
+    record: whether the second result holds 'experts' [B T L K], those that
+      each token visited, and 'router_logits' [B T L E]. They stand at the token
+      that was routed, not at the one that it predicts; on padding is anything.
+  """
+  hidden, routing = read_states(
+    model, params, tokens, valid, packing, ROUTING if record else (), experts
+  )
+  if record:
+    logits = jnp.moveaxis(routing['router_logits'], 0, 2)
+    routing = {'experts': routing['experts'], 'router_logits': logits}
+  return aligned(hidden, mask), routing
+
+
+def selected(routing: dict[str, Array]) -> Int[Array, 'B T L K']:
+  """The experts that routers select by themselves, others visited or not."""
+  (logits,) = promoted(routing['router_logits'])
+  return jax.lax.top_k(logits, routing['experts'].shape[-1])[1]
+
+
+def rerouted(
+  experts: Int[Array, 'B T L K'], others: Int[Array, 'B T L K']
+) -> Float[Array, 'B T']:
+  """1 on tokens that two routings send to unlike sets in some layer, else 0.
+
+  Where one of them is not known, negative, the token counts as unmoved.
+  """
+  same = jnp.sort(experts, axis=-1) == jnp.sort(others, axis=-1)
+  known = (experts >= 0) & (others >= 0)
+  return jnp.any(known & ~same, axis=(-2, -1)).astype(jnp.float32)
+
+
+def aligned(
+  states: Float[Array, '*l B T D'], mask: Bool[Array, 'B T']
+) -> Float[Array, '*l B T D']:
+  """From states after each token to those that predict it, 0 off the mask."""
+  widths = [(0, 0)] * (states.ndim - 2) + [(1, 0), (0, 0)]
+  states = jnp.pad(states[..., :-1, :], widths)  # the one shift
+  return masked_states(states, mask)
+
+
+def masked_states(
+  states: Float[Array, '*l B T D'], mask: Bool[Array, 'B T']
+) -> Float[Array, '*l B T D']:
+  """Zeros off the mask: nothing there may poison a gradient."""
+  lead = (1,) * (states.ndim - 3)
+  return jnp.where(mask.reshape(*lead, *mask.shape, 1), states, 0)
 
 
 def hidden_states(
@@ -39,27 +199,9 @@ def hidden_states(
 ) -> Float[Array, 'B T D']:
   """Hidden states aligned with the tokens that they predict.
 
-  ``out[:, t]`` predicts ``tokens[:, t]``; it is 0 off the mask, so that
-  nothing there can poison the gradient of the unembedding. Packed rows are
-  scattered back, so that no caller ever meets a segment id.
+  ``out[:, t]`` predicts ``tokens[:, t]``; it is 0 off the mask.
   """
-  if packing is None:
-    hidden, _ = model.hidden(
-      params,
-      tokens,
-      positions=token_positions(valid),
-      segment_ids=valid.astype(jnp.int32),
-    )
-  else:
-    rows, _ = model.hidden(
-      params,
-      tokens.reshape(-1)[packing.source],
-      positions=packing.positions,
-      segment_ids=packing.segment_ids,
-    )
-    hidden = rows.reshape(-1, rows.shape[-1])[packing.slot]
-  hidden = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))  # the one shift
-  return jnp.where(mask[..., None], hidden, 0)
+  return routed_states(model, params, tokens, valid, mask, packing)[0]
 
 
 def map_logits(
@@ -91,6 +233,8 @@ def score(
   chunk_size: int = 128,
   num_slices: int = 1,
   packing: Packing | None = None,
+  experts: Int[Array, 'B T L K'] | None = None,
+  record_routing: bool = False,
 ) -> Scores:
   """Score tokens: log-prob and entropy of each position under the mask.
 
@@ -105,15 +249,21 @@ def score(
     num_slices: slices of the batch that run one after the other; it must
       divide B.
     packing: layout made for the same ``num_slices`` and units of one row.
+    experts: that each token visits; where negative the router chooses.
+    record_routing: also return the experts that the routers select.
 
   Raises:
-    ValueError: the packing was made for other slices.
+    ValueError: the packing was made for other slices, or routing is given to or
+      asked of a dense model.
   """
   check_packing(packing, num_slices, 1)
 
   def score_slice(piece: tuple) -> Scores:
-    tokens, valid, mask, packing = piece
-    hidden = hidden_states(model, params, tokens, valid, mask, packing)
+    tokens, valid, mask, packing, experts = piece
+    hidden, routing = routed_states(
+      model, params, tokens, valid, mask, packing, experts=experts,
+      record=record_routing,
+    )  # fmt: skip
 
     def figures(logits: Array, tokens: Array) -> Scores:
       plain = token_logprobs(logits, tokens)
@@ -129,9 +279,15 @@ def score(
     scores = map_logits(
       figures, model, params, hidden, tokens, chunk_size=chunk_size
     )
-    return jax.tree.map(lambda x: jnp.where(mask, x, 0), scores)
+    scores = jax.tree.map(lambda x: jnp.where(mask, x, 0), scores)
+    if not record_routing:
+      return scores
+    found = jnp.where(valid[..., None, None], selected(routing), -1)
+    return scores._replace(experts=found)
 
-  return in_slices(score_slice, (tokens, valid, mask, packing), num_slices)
+  return in_slices(
+    score_slice, (tokens, valid, mask, packing, experts), num_slices
+  )
 
 
 def in_slices(fn: Callable[[Any], Any], tree: Any, num_slices: int) -> Any:

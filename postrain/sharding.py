@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 import contextlib
+import functools
 import math
 from typing import Any
 
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
@@ -162,6 +164,45 @@ def sum_over_shards(
     in_specs=specs,
     out_specs=specs[0],
   )(*arrays)
+
+
+@functools.cache
+def block_writer(
+  place: Any,
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+  """Make (shape, dtype) -> zeros, and a function that writes into them.
+
+  It takes an array, a block and a start and writes where the array lies: each
+  device its own block, which lies as the array does, at the same start within
+  its shard. One program serves all devices.
+
+  Raises:
+    ValueError: the sharding is of no mesh.
+  """
+  if not isinstance(place, NamedSharding):
+    raise ValueError(
+      f'{place} is no sharding on a mesh: pass those of param_shardings, for'
+      ' one device too'
+    )
+
+  def write(array: jax.Array, block: jax.Array, start: tuple) -> jax.Array:
+    # As bits: XLA's CPU would take all of a bfloat16 array through float32.
+    bits = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
+    array_bits, block_bits = (
+      jax.lax.bitcast_convert_type(x, bits) for x in (array, block)
+    )
+    written = jax.lax.dynamic_update_slice(array_bits, block_bits, start)
+    return jax.lax.bitcast_convert_type(written, array.dtype)
+
+  mapped = jax.shard_map(
+    write,
+    mesh=place.mesh,
+    in_specs=(place.spec, place.spec, PartitionSpec()),
+    out_specs=place.spec,
+    check_vma=False,
+  )
+  zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=place)
+  return zeros, jax.jit(mapped, donate_argnums=0)
 
 
 def opt_state_shardings(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from postrain import sharding
 from postrain.actors import Actor
+from postrain.adapted import trainable
 from postrain.algorithm import Algorithm
 from postrain.keys import run_key
 from postrain.recipe import Recipe
@@ -15,6 +16,8 @@ from postrain.types import Params, TrainState
 
 class States:
   """Makes the states of a run, each leaf placed in its shards.
+
+  A frozen base is in ``params`` alone: the reference shares it.
 
   The supervised stage and the online one have optimisers of their own, so the
   structure of a state follows from the number of steps done.
@@ -39,7 +42,7 @@ class States:
     """A new optimiser, and the policy of this moment as the reference."""
     reference = None
     if self.algorithm.uses_reference:
-      reference = jax.tree.map(jnp.copy, params['actor'])
+      reference = jax.tree.map(jnp.copy, trainable(params['actor']))
     return self._state(
       params,
       self.algorithm.rl_optimizer,
@@ -59,8 +62,8 @@ class States:
       else self.algorithm.rl_optimizer
     )
     opt_state = sharding.abstract(
-      jax.eval_shape(optimizer.init, params),
-      sharding.opt_state_shardings(self.mesh, optimizer, params, shardings),
+      jax.eval_shape(optimizer.init, trainable(params)),
+      self._opt_state_shardings(optimizer, params),
     )
     counter = jax.ShapeDtypeStruct((), jnp.int32)
     keeps = self.algorithm.uses_reference and not supervised
@@ -68,21 +71,27 @@ class States:
       step=sharding.abstract(counter, sharding.replicated(self.mesh)),
       params=params,
       opt_state=opt_state,
-      ref_params=params['actor'] if keeps else None,
+      ref_params=trainable(params['actor']) if keeps else None,
     )
 
   def _param_shardings(self) -> dict[str, Any]:
     return {'actor': sharding.param_shardings(self.mesh, self.actor.model)}
 
+  def _opt_state_shardings(self, optimizer: Any, params: Any) -> Any:
+    shardings = trainable(self._param_shardings())
+    return sharding.opt_state_shardings(
+      self.mesh, optimizer, trainable(params), shardings
+    )
+
   def _state(
     self, params: Any, optimizer: Any, reference: Params | None, step: int
   ) -> TrainState:
-    placed = sharding.opt_state_shardings(
-      self.mesh, optimizer, params, self._param_shardings()
-    )
+    placed = self._opt_state_shardings(optimizer, params)
     return TrainState(
       step=jax.device_put(jnp.int32(step), sharding.replicated(self.mesh)),
       params=params,
-      opt_state=jax.jit(optimizer.init, out_shardings=placed)(params),
+      opt_state=jax.jit(optimizer.init, out_shardings=placed)(
+        trainable(params)
+      ),
       ref_params=reference,
     )

@@ -60,12 +60,14 @@ def load(directory: str | os.PathLike[str]) -> Any:
       ' save_pretrained, or make one with byte_level or train_bpe'
     )
   _refuse_code(path)
+  # The class of a model rebuilds what tokenizer.json says, not always alike.
+  whole = (path / 'tokenizer.json').is_file()
   try:
-    # The class of a model rebuilds what tokenizer.json says, not always alike.
-    whole = (path / 'tokenizer.json').is_file()
     chosen = _fast_class() if whole else _auto_class()
     loaded = chosen.from_pretrained(path, local_files_only=True)
   except Exception as error:  # each layout has its own
+    if whole:
+      _json(path / 'tokenizer.json')  # says so where it is truncated
     raise ValueError(
       f'the tokenizer in {str(path)!r} cannot be read ({error}): where the'
       ' library of its layout (sentencepiece, tiktoken) is installed, load it'
@@ -237,18 +239,27 @@ def _wrapped(backend: Any, specials: Sequence[str]) -> Any:
 def _refuse_code(path: pathlib.Path) -> None:
   """Refuse a directory whose tokenizer is a class in a file beside it."""
   for name in ('tokenizer_config.json', 'config.json'):
-    file = path / name
-    try:
-      written = json.loads(file.read_text('utf-8')) if file.is_file() else {}
-    except ValueError as error:
-      raise ValueError(f'{str(file)!r} is no JSON ({error})') from error
+    written = _json(path / name) if (path / name).is_file() else {}
     classes = written.get('auto_map') or {}
     # An old form is the list of the tokenizer's classes alone.
     if isinstance(classes, list) or 'AutoTokenizer' in classes:
       raise ValueError(
-        f'{str(file)!r} names a class of its own, auto_map={classes!r}: no code'
-        ' of a download is run; take a directory with tokenizer.json alone'
+        f'{str(path / name)!r} names a class of its own, auto_map={classes!r}:'
+        ' no code of a download is run; take a directory with tokenizer.json'
+        ' alone'
       )
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    written = json.loads(file.read_text('utf-8'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f'{str(file)!r} is no JSON ({error}): copy it again'
+    ) from error
+  if not isinstance(written, dict):
+    raise ValueError(f'{str(file)!r} holds no JSON object: copy it again')
+  return written
 
 
 def _auto_class() -> Any:

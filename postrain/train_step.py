@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from postrain.adapted import bases, rejoined, trainable
 from postrain.batches import check_packing, cut_batch
 from postrain.dtypes import promoted
 from postrain.types import (
@@ -33,7 +34,8 @@ def make_train_step(
   Objectives are sums over units, so gradients of micro-batches add up to the
   gradient of the batch, in at least float32. An update whose gradient is not
   finite is left out whole: parameters and optimiser keep their bits, and
-  ``skipped`` says so.
+  ``skipped`` says so. Of `postrain.adapted` parameters the base stays out of
+  it: ``opt_state`` is that of ``optimizer.init(trainable(params))``.
   """
 
   def train_step(
@@ -43,19 +45,16 @@ def make_train_step(
       objective, state.params, frozen, batch, num_micro_batches
     )
     norm = optax.tree.norm(gradient)
-    gradient = jax.tree.map(
-      lambda g, p: g.astype(p.dtype), gradient, state.params
-    )
+    trained = trainable(state.params)
+    gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, trained)
     with jax.numpy_dtype_promotion('standard'):  # Optax: rate ** integer count
-      updates, opt_state = optimizer.update(
-        gradient, state.opt_state, state.params
-      )
-    params = optax.apply_updates(state.params, updates)
+      updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+    params = optax.apply_updates(trained, updates)
     finite = jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       (params, opt_state),
-      (state.params, state.opt_state),
+      (trained, state.opt_state),
     )
     metrics = {name: _per_step(figure) for name, figure in metrics.items()}
     metrics |= {
@@ -63,7 +62,10 @@ def make_train_step(
       'skipped': Sum(1 - finite.astype(jnp.float32)),
     }
     state = dataclasses.replace(
-      state, step=state.step + 1, params=params, opt_state=opt_state
+      state,
+      step=state.step + 1,
+      params=rejoined(params, bases(state.params)),
+      opt_state=opt_state,
     )
     return state, metrics
 
@@ -77,20 +79,28 @@ def accumulate(
   batch: Batch,
   num_micro_batches: int,
 ) -> tuple[Any, Metrics]:
-  """Sum gradients and merge metrics over strided micro-batches."""
+  """Sum gradients of what is trained, merge metrics, over micro-batches.
+
+  Micro-batches are strided.
+  """
   check_packing(batch.packing, num_micro_batches, batch.unit_size)
-  grad = jax.grad(objective, has_aux=True)
+  trained, fixed = trainable(params), bases(params)
+
+  def of_trained(trained: Any, batch: Batch) -> tuple[Any, Metrics]:
+    return objective(rejoined(trained, fixed), frozen, batch)
+
+  grad = jax.grad(of_trained, has_aux=True)
   if num_micro_batches == 1:
-    return grad(params, frozen, batch)
+    return grad(trained, batch)
 
   structure = jax.tree.structure(batch)
 
   def add(total: Any, leaves: list) -> tuple[Any, Metrics]:
     micro = jax.tree.unflatten(structure, leaves)
-    gradient, metrics = grad(params, frozen, micro)
+    gradient, metrics = grad(trained, micro)
     return jax.tree.map(jnp.add, total, _widen(gradient)), metrics
 
-  zeros = jax.tree.map(jnp.zeros_like, _widen(params))
+  zeros = jax.tree.map(jnp.zeros_like, _widen(trained))
   micros = cut_batch(batch, num_micro_batches)
   gradient, stacked = jax.lax.scan(add, zeros, micros)
   return gradient, merge(stacked)

@@ -3,7 +3,8 @@
 Axes: ``P`` prompts, ``G`` samples of each, ``B`` = P x G sequences (the samples
 of a prompt stand together), ``S`` prompt slots, ``T`` token positions (prompt
 and completion, or the completion alone where a docstring says so), ``V``
-vocabulary, ``D`` model, ``L`` layers, ``K`` kept candidates of a token.
+vocabulary, ``D`` model, ``L`` layers, ``K`` kept candidates of a token
+or experts that it visits.
 
 Alignment: a ``[B, T]`` array is indexed by the token that it describes.
 ``logprobs[:, t]`` scores ``tokens[:, t]``; position 0 holds 0.
@@ -24,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from postrain.dtypes import Scalar as Scalar
 
 Params = Any  # a pytree of arrays
+Path = tuple[str, ...]  # of a leaf in nested dicts of parameters
 Cache = Any  # a pytree of arrays that only its model looks into
 
 Metrics = dict[str, Any]  # name -> Mean, Sum or Max
@@ -63,6 +65,30 @@ class EmptyCacheFn(Protocol):
   ) -> Cache: ...
 
 
+@runtime_checkable
+class InternalsFn(Protocol):
+  """`HiddenFn` that also returns what it is asked for: name -> array.
+
+  'residual' [L B N D] is the stream after each layer, 'attention' and 'mlp'
+  [L B N D] what each added to it, 'attention_input' and 'mlp_input' [L B N D]
+  what each read, 'experts' [B N L K] the experts that each token visited and
+  'router_logits' [L B N E]. ``experts`` forces tokens onto experts, with live
+  gates; where they are negative the router chooses.
+  """
+
+  def __call__(
+    self,
+    params: Params,
+    tokens: Int[Array, 'B N'],
+    *,
+    positions: Int[Array, 'B N'],
+    segment_ids: Int[Array, 'B N'],
+    cache: Cache | None = None,
+    capture: tuple[str, ...] = (),
+    experts: Int[Array, 'B N L K'] | None = None,
+  ) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """All that the library knows of a network: pure functions on arrays.
@@ -76,6 +102,12 @@ class Model:
     vocab_size: rows of the embedding.
     logical_axes: key -> a tree like params whose leaves are tuples of logical
       axis names, for `postrain.sharding`; None replicates every parameter.
+    internals: see `InternalsFn`; None where a network shows none.
+    normalize: (params, residual) -> hidden, the final norm, so that
+      unembed(normalize(residual[l])) is the policy of layer l.
+    num_experts: of each layer; 0 where the network is dense.
+    kernels: path of each matrix that may be a `postrain.models.lora.LowRank` ->
+      its numbers of stacked and of input axes; None where none may.
   """
 
   init: Callable[[Key[Array, '']], Params]
@@ -84,6 +116,10 @@ class Model:
   empty_cache: EmptyCacheFn
   vocab_size: int
   logical_axes: Callable[[], Params] | None = None
+  internals: InternalsFn | None = None
+  normalize: Callable[[Params, Array], Array] | None = None
+  num_experts: int = 0
+  kernels: Callable[[], dict[Path, tuple[int, int]]] | None = None
 
 
 class Samples(NamedTuple):
@@ -92,7 +128,9 @@ class Samples(NamedTuple):
   ``sampler_logprobs`` are under the distribution that was sampled from
   (temperature and filters applied), ``model_logprobs`` under the plain model.
   ``truncated`` sequences met the length limit before a stop token. ``kept``
-  holds the candidates that the filters kept, filled up with -1.
+  holds the candidates that the filters kept, filled up with -1. ``experts``
+  holds those that each token of prompt and completion visited (``N = S + T``):
+  -1 on padding and on the last token, which the model was not run on.
   """
 
   tokens: Int[Array, 'B T']
@@ -101,6 +139,7 @@ class Samples(NamedTuple):
   model_logprobs: Float[Array, 'B T']
   truncated: Bool[Array, ' B']
   kept: Int[Array, 'B T K'] | None = None
+  experts: Int[Array, 'B N L K'] | None = None
 
 
 @flax.struct.dataclass

@@ -21,13 +21,14 @@ LAYERS = (
     *('logprobs', 'losses', 'masks', 'shaping'),
   },
   {
-    *('batches', 'couplings', 'models', 'objectives', 'optimizers'),
-    *('sampling', 'scoring', 'sharding', 'tasks', 'train_step', 'types'),
+    *('adapted', 'batches', 'couplings', 'internals', 'models', 'objectives'),
+    *('optimizers', 'reward_models', 'sampling', 'scoring', 'sharding'),
+    *('tasks', 'train_step', 'types'),
   },
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
-    *('metrics', 'reporting', 'rewards', 'rollouts', 'sandbox', 'thinking'),
-    *('tokenizers', 'workdir'),
+    *('metrics', 'peft', 'quantization', 'reporting', 'rewards', 'rollouts'),
+    *('sandbox', 'thinking', 'tokenizers', 'workdir'),
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),

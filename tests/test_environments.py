@@ -129,3 +129,59 @@ def test_reward_weights() -> None:
 def test_reward_weights_that_are_none(blocks: dict, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     reward_weights(blocks)
+
+
+CHAT = [
+  {'role': 'user', 'content': '1+1='},
+  {'role': 'assistant', 'content': '2'},
+  {'role': 'user', 'content': '2+2='},
+  {'role': 'assistant', 'content': '4'},
+]
+
+
+def chats(folder: pathlib.Path, **changes: object) -> Environment:
+  """An environment of one conversation, in training and held out."""
+  config = tiny.text(folder)
+  path = str(tiny.json_lines(folder / 'chats.jsonl', [{'messages': CHAT}]))
+  config.environment.update(
+    train=path, held_out=path, prompt='messages', conversations='messages',
+    completion=None, style='chat', max_prompt_length=200, max_length=200,
+    stop_ids=None,
+  )  # fmt: skip
+  with config.environment.unlocked():
+    config.environment.update(changes)
+  return make(config)
+
+
+def test_conversations_train_every_turn_of_the_assistant(
+  tmp_path: pathlib.Path,
+) -> None:
+  made = chats(tmp_path)
+  tokens, valid, mask = made.demonstrations(0, 1, None)
+  prompt = made.prompts(0, 1)
+  learnt = tokens[0][mask[0]]
+  ends = np.flatnonzero(learnt == made.stop_ids[0])
+  assert len(ends) == 2
+  assert made.text(learnt[: ends[0]]).strip() == '2'
+  assert made.text(learnt[ends[0] + 1 : ends[1]]).strip() == '4'
+  # The prompt of a rollout is what stands before the last of them.
+  before = prompt.tokens[0][prompt.mask[0]]
+  np.testing.assert_array_equal(before, tokens[0][: len(before)])
+  assert mask[0][len(before) : valid[0].sum()].any()
+  assert '4' not in made.text(before)
+  assert prompt.examples[0]['messages'] == CHAT[:3]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'style': 'plain'}, "conversations='messages' .*style='plain'"),
+    ({'completion': 'messages'}, "completion='messages'"),
+    ({'conversations': 'talk'}, "no field 'talk'"),
+  ],
+)
+def test_conversations_that_cannot_be_learnt(
+  changes: dict, message: str, tmp_path: pathlib.Path
+) -> None:
+  with pytest.raises(ValueError, match=message):
+    chats(tmp_path, **changes)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import quick_compiler as quick_compiler
 
 from postrain import sharding
 from postrain.models.transformer import Config, transformer

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import quick_compiler as quick_compiler
 
 from postrain import kl, losses, objectives
 from postrain.models.heads import scalar_head

@@ -13,6 +13,8 @@ from postrain.models.wrap import plain
 from postrain.train_step import finish, make_train_step
 from postrain.types import Batch, TrainState
 
+quick_compiler = tiny.quick_compiler
+
 CONFIG = Config(
   vocab_size=12, num_layers=2, model_dim=8, mlp_dim=16, num_heads=4,
   num_kv_heads=1, head_dim=4, max_length=16, qkv_bias=True, qk_norm=True,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import quick_compiler as quick_compiler
 
 from postrain.models.wrap import from_nnx, plain
 

@@ -28,8 +28,7 @@ LATER = {
   '20, 21, 31': 'the loops of constitutions, oversight and GRPO',
   '18': 'diagnostics of reward hacking',
   '36, 44': 'recipes whose parts are 8, 29 and 37 to 40',
-  '69': 'routing replay, which needs a mixture of experts',
-  '78 to 80': 'policies of inner layers and their probes',
+  '79': 'reinforcement learning of a controller inside a frozen model',
   '81 to 84, 87 to 97, 99 to 101': 'staged pipelines and curricula',
   '104 to 106': 'search and its scaling',
   '108': 'the toy sort, which is the study experiments/sort',
@@ -46,8 +45,10 @@ METHODS = {
   8: ('PPO', 'losses.ppo_clip'),
   9: ('aggregation', 'aggregation.token_mean aggregation.sequence_mean'
       ' aggregation.sequence_sum aggregation.constant_length'),
-  10: ('Bradley–Terry', 'losses.bradley_terry losses.score_centering'),
-  11: ('score of the last token', 'losses.last_score'),
+  10: ('Bradley–Terry', 'losses.bradley_terry losses.score_centering'
+       ' reward_models.completion_objective'),
+  11: ('score of the last token', 'losses.last_score'
+       ' reward_models.completion_scores reward_models.token_scores'),
   12: ('rankings', 'losses.ranked_pairs losses.plackett_luce'),
   13: ('the regularised optimum', 'kl.k1 shaping.kl_penalized'),
   14: ('KL in the reward', 'shaping.kl_shaped shaping.kl_penalized'),
@@ -97,7 +98,8 @@ METHODS = {
   59: ('format rewards', 'rewards.format_tags shaping.weighted_sum'),
   60: ('outcome reward model', 'losses.outcome_correctness'),
   61: ('process reward model', 'losses.step_correctness'
-       ' losses.monte_carlo_labels losses.until_first_error'),
+       ' losses.monte_carlo_labels losses.until_first_error'
+       ' reward_models.step_ends reward_models.step_objective'),
   62: ('aggregates of steps', 'losses.step_score'),
   63: ('difference rewards', 'shaping.difference_rewards'),
   64: ('language and mixtures', 'shaping.language_consistency'
@@ -108,6 +110,7 @@ METHODS = {
   67: ('variance of ratios', 'importance.product_ratio'
        ' importance.effective_sample_size'),
   68: ('off-policy sequences', 'masks.off_policy_sequences'),
+  69: ('routing replay', 'models.moe.route scoring.score scoring.rerouted'),
   70: ('kept sampling sets', 'logprobs.kept_token_logprobs'),
   71: ('entropy', 'logprobs.token_entropy'),
   72: ('covariance law', 'logprobs.token_entropy'),
@@ -115,7 +118,11 @@ METHODS = {
   74: ('KL-Cov', 'losses.kl_cov masks.top_covariance'),
   75: ('differential smoothing', 'advantages.differential_smoothing'),
   76: ('pass@k', 'evaluation.pass_at_k'),
-  77: ('policies of inner layers', 'models.transformer.transformer'),
+  77: ('policies of inner layers', 'internals.layer_scores'
+       ' internals.entropy_flow'),
+  78: ('BuPO', 'internals.layer_policy'),
+  80: ('probes', 'internals.layer_states internals.linear_probe'
+       ' internals.probe_accuracy'),
   85: ('Kimi k1.5', 'losses.mirror_descent'),
   86: ('length reward', 'shaping.length_reward'),
   98: ('composite rewards', 'shaping.composite shaping.strict_composite'),

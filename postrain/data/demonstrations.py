@@ -30,6 +30,7 @@ def encode_demonstrations(
   style: Style = 'plain',
   template: str | None = None,
   stop_id: int | None = None,
+  enable_thinking: bool | None = None,
   too_long: Literal['error', 'drop'] = 'error',
   num_buckets: int = 6,
 ) -> Demonstrations:
@@ -48,6 +49,7 @@ def encode_demonstrations(
     style: see `encode_prompts`.
     template: see `encode_prompts`.
     stop_id: ends a completion; None for the end-of-sequence token.
+    enable_thinking: see `encode_prompts`.
     too_long: what becomes of a row over the limit. There is no truncation: a
       completion without its end teaches the model not to stop.
     num_buckets: lengths that the arrays may have at most.
@@ -66,8 +68,9 @@ def encode_demonstrations(
   rows = []
   for row, example in enumerate(examples):
     before = prompt_ids(
-      tokenizer, example, row, field=prompt, style=style, template=template
-    )
+      tokenizer, example, row, field=prompt, style=style, template=template,
+      enable_thinking=enable_thinking,
+    )  # fmt: skip
     after = completion_ids(tokenizer, example, row, field=completion)
     if style == 'plain':
       text = prompt_text(example, row, field=prompt, template=template)

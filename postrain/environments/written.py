@@ -23,8 +23,10 @@ def text(
   tokenizer: dict,
   prompt: str,
   completion: str | None = None,
+  conversations: str | None = None,
   style: Literal['plain', 'chat'] = 'plain',
   template: str | None = None,
+  enable_thinking: bool | None = None,
   max_prompt_length: int,
   max_length: int,
   too_long: Literal['error', 'drop'] = 'error',
@@ -39,49 +41,46 @@ def text(
     held_out: likewise, for evaluation.
     tokenizer: dict(directory=...) of a checkpoint, or one made on the spot of
       the training texts: dict(name='byte_level' or 'train_bpe', ...).
-    prompt: field with the prompt.
+    prompt: field with the prompt: a text, or in ``chat`` style messages.
     completion: field with the demonstration; None if there are none.
+    conversations: field with messages, all of whose turns of the assistant are
+      learnt, in place of ``completion``. Where ``prompt`` is the same field, a
+      prompt is what comes before the assistant's last turn.
     style: ``plain``, or ``chat`` through the tokenizer's template.
     template: text around the prompt, with ``{field}`` in its place.
+    enable_thinking: for chat templates that know it; None for their default.
     max_prompt_length: tokens of a prompt.
     max_length: tokens of a demonstration with its prompt.
     too_long: what becomes of examples over these limits.
     stop_ids: end a completion; None for the tokenizer's end of sequence.
   """
-  fields = [prompt] if completion is None else [prompt, completion]
+  fields = [f for f in (prompt, completion, conversations) if f is not None]
   examples = _examples(train, fields, prompt)
   others = _examples(held_out, [prompt], prompt)
-  made = _tokenizer(tokenizer, [e[f] for e in examples for f in fields])
-  stops = _stop_ids(made, stop_ids)
-  reading: dict[str, Any] = dict(
-    style=style, template=template, too_long=too_long
-  )
+  made, stops = _tokenizer(tokenizer, _texts(examples, fields), stop_ids)
+  reading: Any = dict(style=style, template=template, too_long=too_long)
+  reading |= dict(enable_thinking=enable_thinking)
   encode = functools.partial(
     data.encode_prompts, made, field=prompt, max_length=max_prompt_length,
     **reading,
   )  # fmt: skip
-  demonstrations = None if completion is None else _demonstrations(
-    seed, made, examples, max_length=max_length, prompt=prompt,
-    completion=completion, stop_id=stops[0], **reading,
+  learnt = _demonstrations(
+    made, examples, prompt, completion, conversations, stop_id=stops[0],
+    max_length=max_length, **reading,
   )  # fmt: skip
+  if conversations == prompt:
+    examples, others = _openings(examples, prompt), _openings(others, prompt)
   # Once over all rows: errors come before the run, and drops leave the rest.
   examples, others = encode(examples).examples, encode(others).examples
-
-  def prompts(iteration: int, num_prompts: int) -> Prompts:
-    rows = data.indices(
-      seed, iteration, num_prompts=num_prompts, size=len(examples)
-    )
-    return encode([examples[i] for i in rows])
-
   return Environment(
     vocab_size=_vocab_size(made),
     pad_id=made.pad_token_id,
     stop_ids=stops,
     prompt_length=max_prompt_length,
     demonstration_length=max_length,
-    prompts=prompts,
+    prompts=_prompts(seed, encode, examples),
     held_out=lambda num: encode([others[i % len(others)] for i in range(num)]),
-    demonstrations=demonstrations,
+    demonstrations=learnt and _drawn(seed, max_length, learnt),
     weights=reward_weights(rewards),
     rewards=functools.partial(_judge, _functions(rewards), stops, made),
     text=functools.partial(_decode, made),
@@ -89,13 +88,72 @@ def text(
   )
 
 
+def _prompts(
+  seed: int, encode: Callable[[list], Prompts], examples: list
+) -> Callable[[int, int], Prompts]:
+  def prompts(iteration: int, num_prompts: int) -> Prompts:
+    rows = data.indices(
+      seed, iteration, num_prompts=num_prompts, size=len(examples)
+    )
+    return encode([examples[i] for i in rows])
+
+  return prompts
+
+
+def _texts(examples: list, fields: Sequence[str]) -> list[str]:
+  """All texts, those of messages too."""
+  out = []
+  for value in (example[field] for example in examples for field in fields):
+    messages = [{'content': value}] if isinstance(value, str) else value
+    out += [str(message.get('content') or '') for message in messages]
+  return out
+
+
+def _openings(
+  examples: list[dict[str, Any]], field: str
+) -> list[dict[str, Any]]:
+  """Examples with what comes before the assistant's last turn."""
+  out = []
+  for row, example in enumerate(examples):
+    roles = [m.get('role') for m in example[field]]
+    ends = [i for i, role in enumerate(roles) if role == 'assistant']
+    if not ends or not ends[-1]:
+      raise ValueError(
+        f'row {row}: messages of the roles {roles}: a prompt is what comes'
+        ' before the last turn of the assistant, give one and a turn before it'
+      )
+    out.append({**example, field: example[field][: ends[-1]]})
+  return out
+
+
 def _demonstrations(
-  seed: int, tokenizer: Any, examples: list, *, max_length: int, **layout: Any
-) -> Callable[[int, int, int | None], data.Demonstrations]:
-  """Encode all, then draw those of a step, no longer than they need to be."""
-  encoded = data.encode_demonstrations(
-    tokenizer, examples, max_length=max_length, **layout
+  tokenizer: Any, examples: list, prompt: str, completion: str | None,
+  conversations: str | None, *, stop_id: int, max_length: int, style: Any,
+  template: str | None, **choices: Any,
+) -> data.Demonstrations | None:  # fmt: skip
+  """Encode what there is to learn."""
+  if conversations is None:
+    if completion is None:
+      return None
+    return data.encode_demonstrations(
+      tokenizer, examples, max_length=max_length, prompt=prompt, style=style,
+      completion=completion, template=template, stop_id=stop_id, **choices,
+    )  # fmt: skip
+  if completion is not None or style != 'chat' or template is not None:
+    raise ValueError(
+      f'conversations={conversations!r} with completion={completion!r},'
+      f' style={style!r} and template={template!r}: leave completion and'
+      " template out and set style='chat'"
+    )
+  return data.encode_conversations(
+    tokenizer, examples, max_length=max_length, field=conversations, **choices
   )
+
+
+def _drawn(
+  seed: int, max_length: int, encoded: data.Demonstrations
+) -> Callable[[int, int, int | None], data.Demonstrations]:
+  """Draw those of a step, no longer than they need to be."""
 
   def drawn(
     step: int, batch_size: int, num_examples: int | None
@@ -113,11 +171,6 @@ def _vocab_size(tokenizer: Any) -> int:
   return max(tokenizer.get_vocab().values()) + 1
 
 
-def _stop_ids(tokenizer: Any, stop_ids: tuple | None) -> tuple[int, ...]:
-  tokenizers.check(tokenizer, _vocab_size(tokenizer), stop_ids=stop_ids)
-  return (tokenizer.eos_token_id,) if stop_ids is None else tuple(stop_ids)
-
-
 def _functions(rewards: Mapping[str, Any]) -> dict[str, RewardFn]:
   return {
     label: bind(
@@ -132,7 +185,7 @@ def _examples(
 ) -> list[dict[str, Any]]:
   if isinstance(source, str):
     return data.read_jsonl(source, fields=fields)
-  if len(fields) > 1 or not all(isinstance(p, str) for p in source):
+  if len({*fields}) > 1 or not all(isinstance(p, str) for p in source):
     raise ValueError(
       'prompts that stand in the config are texts without demonstrations: give'
       ' the path of a JSON lines file'
@@ -140,17 +193,22 @@ def _examples(
   return [{prompt: written} for written in source]
 
 
-def _tokenizer(block: Mapping[str, Any], texts: list[str]) -> Any:
-  """Load a tokenizer, or make one of the training texts."""
+def _tokenizer(
+  block: Mapping[str, Any], texts: list[str], stop_ids: tuple | None
+) -> tuple[Any, tuple[int, ...]]:
+  """Load a tokenizer, or make one of the training texts; what ends a text."""
+  making = {'byte_level': (), 'train_bpe': (texts,)}
   if set(block) == {'directory'}:
-    return tokenizers.load(block['directory'])
-  made = {'byte_level': (), 'train_bpe': (texts,)}
-  if block.get('name') not in made:
+    made = tokenizers.load(block['directory'])
+  elif block.get('name') in making:
+    made = bind(tokenizers, block)(*making[block['name']])
+  else:
     raise ValueError(
       f'environment.tokenizer={dict(block)!r}: give directory, or name'
-      f' ({" or ".join(made)}) with its hyperparameters'
+      f' ({" or ".join(making)}) with its hyperparameters'
     )
-  return bind(tokenizers, block)(*made[block['name']])
+  tokenizers.check(made, _vocab_size(made), stop_ids=stop_ids)
+  return made, (made.eos_token_id,) if stop_ids is None else tuple(stop_ids)
 
 
 def _judge(

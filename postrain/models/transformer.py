@@ -1,95 +1,97 @@
-"""A dense decoder (Llama, Qwen2, Qwen3) as a record of pure functions."""
+"""A decoder, dense or of experts, as a record of pure functions."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from postrain.models.config import Config
-from postrain.models.layers import (
-  Block,
-  Context,
-  Level,
-  rms_norm,
-  rotation,
-  used,
-  widened,
+from postrain.models.attention import Level, View, rotation, wide_einsum
+from postrain.models.cache import (
+  Cache,
+  append,
+  empty_cache,
+  is_prefill,
+  lineage,
+  visibility,
 )
-from postrain.types import Model, Params
+from postrain.models.config import Config
+from postrain.models.heads import label_logits, label_shapes
+from postrain.models.layers import Block, Layer, normalized, used
+from postrain.models.norms import widened
+from postrain.models.rope import frequencies
+from postrain.types import Model, Params, Path
 
 __all__ = ['Cache', 'Config', 'transformer']
 
 
-class Cache(NamedTuple):
-  """Keys and values of the slots so far; all rows append at ``length``.
+def layer_views(
+  config: Config, positions: Array, segment_ids: Array, past: list[Cache]
+) -> tuple[View, Int[Array, ' L'] | None]:
+  """The view of each kind of layer, and the kinds if there are several."""
+  kinds = config.layer_types or ('full',)
+  several = sorted(set(kinds))
+  dtype = widened(config.dtype)
+  dim = config.rotary_dim or config.head_dim
 
-  The ``prefix`` holds what ``P`` prompts left behind and is shared, not
-  copied: row ``b`` continues its row ``b // (B // P)``.
-  """
+  def view(kind: str) -> View:
+    window = config.sliding_window if kind == 'sliding' else None
+    visible = visibility(positions, segment_ids, past, window)
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if kind == 'sliding' and config.local_rope_theta is not None:
+      theta, scaling = config.local_rope_theta, None
+    turned = positions if kind != 'unrotated' else jnp.zeros_like(positions)
+    speeds, scale = frequencies(dim, theta, scaling, config.max_length, dtype)
+    if kind == 'unrotated':
+      scale = 1.0
+    return View(*rotation(turned, speeds, scale), visible)
 
-  keys: Float[Array, 'L B K T d']
-  values: Float[Array, 'L B K T d']
-  segment_ids: Int[Array, 'B T']
-  length: Int[Array, '']
-  prefix: Any = None
-
-
-def lineage(cache: Cache | None) -> list[Cache]:
-  """The caches that a row sees, oldest first."""
-  return [] if cache is None else [*lineage(cache.prefix), cache]
-
-
-def append(cache: Cache, new: Level, segment_ids: Int[Array, 'B N']) -> Cache:
-  """Write the keys and values of all layers at once, behind the last slot."""
-  zero = jnp.zeros((), cache.length.dtype)
-  at = (zero, zero, zero, cache.length, zero)
-  return cache._replace(
-    keys=jax.lax.dynamic_update_slice(cache.keys, new.keys, at),
-    values=jax.lax.dynamic_update_slice(cache.values, new.values, at),
-    segment_ids=jax.lax.dynamic_update_slice(
-      cache.segment_ids,
-      segment_ids.astype(cache.segment_ids.dtype),
-      (zero, cache.length),
-    ),
-    length=cache.length + segment_ids.shape[1],
-  )
-
-
-def visibility(
-  segment_ids: Int[Array, 'B N'], past: list[Cache]
-) -> Bool[Array, 'B N S']:
-  """Slots that come before or at a token and carry its segment id.
-
-  Padding sees padding, itself at least, so that no softmax is over nothing.
-  """
-  batch, num_new = segment_ids.shape
-  parts = []
-  for cache in past:
-    ids = cache.segment_ids
-    ids = jnp.repeat(ids, batch // ids.shape[0], axis=0)
-    filled = jnp.arange(ids.shape[1], dtype=jnp.int32) < cache.length
-    same = segment_ids[:, :, None] == ids[:, None]
-    parts.append(same & filled[None, None])
-  causal = jnp.tril(jnp.ones((1, num_new, num_new), bool))
-  parts.append(causal & (segment_ids[:, :, None] == segment_ids[:, None]))
-  return jnp.concatenate(parts, axis=-1)
+  views = [view(kind) for kind in several]
+  if len(views) == 1:
+    return views[0], None
+  number = [several.index(kind) for kind in kinds]
+  return jax.tree.map(lambda *v: jnp.stack(v), *views), jnp.array(number)
 
 
 class Transformer(nn.Module):
-  """Embedding, scanned blocks, final norm."""
+  """Embedding, blocks, final norm."""
 
   config: Config
+  capture: tuple[str, ...] = ()
 
   def weight(
-    self, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]
-  ) -> Array:
+    self, name: str, init: Any, shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+  ) -> Array:  # fmt: skip
     """A parameter in the compute dtype."""
     boxed = nn.with_logical_partitioning(init, axes)
     value = self.param(name, boxed, shape, self.config.param_dtype)
     return used(value, axes, self.config.dtype)
+
+  def embed(self, tokens: Array, positions: Array) -> Array:
+    """Embeddings of the tokens and, where learned, of their positions."""
+    c = self.config
+    table, axes = (c.vocab_size, c.model_dim), ('vocab', 'width')
+    small = nn.initializers.normal(0.02)  # first logits are close to uniform
+    x = jnp.take(self.weight('embedding', small, table, axes), tokens, axis=0)
+    if c.embedding_scale is not None:
+      x *= jnp.asarray(c.embedding_scale, x.dtype)
+    if c.position_embedding == 'learned':
+      places = self.weight(
+        'position_embedding', small, (c.max_length, c.model_dim),
+        (None, 'width'),
+      )  # fmt: skip
+      x += jnp.take(places, positions, axis=0)
+    if not c.tie_embeddings:
+      self.weight('unembedding', small, table, axes)
+    # Scores start at 0, and the loss of a pairwise reward model at log 2.
+    for name, shape in label_shapes(c).items():
+      places = ('width', None)[-len(shape) :]
+      self.weight(name, nn.initializers.zeros, shape, places)
+    return x
 
   @nn.compact
   def __call__(
@@ -98,69 +100,61 @@ class Transformer(nn.Module):
     positions: Int[Array, 'B N'],
     segment_ids: Int[Array, 'B N'],
     cache: Cache | None,
-  ) -> tuple[Float[Array, 'B N D'], Cache | None]:
+    experts: Int[Array, 'B N L K'] | None = None,
+  ) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]:
     c = self.config
-    table, axes = (c.vocab_size, c.model_dim), ('vocab', 'width')
-    small = nn.initializers.normal(0.02)  # first logits are close to uniform
-    embedding = self.weight('embedding', small, table, axes)
-    if not c.tie_embeddings:
-      self.weight('unembedding', small, table, axes)
     past = [] if is_prefill(cache, tokens) else lineage(cache)
-
-    x = jnp.take(embedding, tokens, axis=0)
+    x = self.embed(tokens, positions)
     # Padding may hold any id: what it embeds to must not reach a softmax.
     x = jnp.where((segment_ids != 0)[:, :, None], x, 0)
     x = with_logical_constraint(x, ('batch', 'time', 'embed'))
-    cos, sin = rotation(
-      positions, head_dim=c.head_dim, theta=c.rope_theta, dtype=c.dtype
+    view, kinds = layer_views(c, positions, segment_ids, past)
+    layers = Layer(
+      tuple(Level(level.keys, level.values) for level in past),
+      kinds,
+      None if experts is None else jnp.moveaxis(experts, 2, 0),
     )
-    context = Context(cos, sin, visibility(segment_ids, past))
-    levels = tuple(Level(level.keys, level.values) for level in past)
-    x, new = stack(c)(c, name='layers')(x, context, levels, cache is not None)
-    ones = nn.initializers.ones
-    scale = self.weight('final_norm', ones, table[1:], axes[1:])
-    hidden = rms_norm(x, scale, eps=c.norm_eps)
-    return hidden, None if cache is None else append(cache, new, segment_ids)
-
-
-def is_prefill(cache: Cache | None, tokens: Array) -> bool:
-  """Whether the tokens fill an empty cache, so that there is no past to read.
-
-  Raises:
-    ValueError: the tokens do not fit the cache.
-  """
-  if cache is None:
-    return False
-  rows, slots = cache.segment_ids.shape
-  if tokens.shape[0] != rows or tokens.shape[1] > slots:
-    raise ValueError(
-      f'tokens of shape {tokens.shape} do not fit a cache of {rows} rows and'
-      f' {slots} slots: make it with empty_cache(batch_size, length)'
+    x, (new, captured) = blocks(
+      c, self.capture, x, view, layers, cache is not None
     )
-  return cache.prefix is None and tokens.shape[1] == slots
+
+    def weight(name: str, init: Any) -> Array:
+      return self.weight(name, init, (c.model_dim,), ('width',))
+
+    hidden = normalized(c, weight, 'final_norm', x)
+    if 'experts' in captured:
+      captured['experts'] = jnp.moveaxis(captured['experts'], 0, 2)
+    if cache is not None:
+      cache = append(cache, new, positions, segment_ids)
+    return hidden, cache, captured
 
 
-def stack(config: Config) -> Any:
-  """The block, rematerialised by policy and scanned over layers."""
-  block = Block
+def blocks(
+  config: Config, capture: tuple[str, ...], x: Array, view: View,
+  layers: Layer, keep: bool,
+) -> Any:  # fmt: skip
+  """All blocks, rematerialised by policy; what they return is stacked."""
+  block: Any = Block
   if config.remat is not None:
     policy = getattr(jax.checkpoint_policies, config.remat)
     block = nn.remat(
       Block, policy=policy, prevent_cse=False, static_argnums=(4,)
     )
   in_axes: Any = (nn.broadcast, 0, nn.broadcast)
-  return nn.scan(
+  scanned = nn.scan(
     block,
     variable_axes={'params': 0},
     split_rngs={'params': True},
     in_axes=in_axes,
     length=config.num_layers,
+    unroll=1 if config.scan_layers else config.num_layers,
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )
+  return scanned(config, capture, name='layers')(x, view, layers, keep)
 
 
 def transformer(config: Config) -> Model:
-  """Make a `postrain.types.Model` of a dense decoder.
+  """Make a `postrain.types.Model` of a decoder.
 
   Args:
     config: its shape; see `Config`.
@@ -169,11 +163,27 @@ def transformer(config: Config) -> Model:
     Model whose parameters are plain nested dicts with the layers stacked on a
     leading axis. Token ids outside the vocabulary give NaN, never a neighbour.
   """
-  module = Transformer(config)
 
   def boxed(key: Key[Array, '']) -> Params:
     blank = jnp.zeros((1, 1), jnp.int32)
+    module = Transformer(config)
     return module.init(key, blank, blank, blank, None)['params']
+
+  def internals(
+    params: Params,
+    tokens: Int[Array, 'B N'],
+    *,
+    positions: Int[Array, 'B N'],
+    segment_ids: Int[Array, 'B N'],
+    cache: Cache | None = None,
+    capture: tuple[str, ...] = (),
+    experts: Int[Array, 'B N L K'] | None = None,
+  ) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]:
+    check_captures(config, capture, experts)
+    out: Any = Transformer(config, capture).apply(
+      {'params': params}, tokens, positions, segment_ids, cache, experts
+    )
+    return out
 
   def hidden(
     params: Params,
@@ -183,18 +193,25 @@ def transformer(config: Config) -> Model:
     segment_ids: Int[Array, 'B N'],
     cache: Cache | None = None,
   ) -> tuple[Float[Array, 'B N D'], Cache | None]:
-    out: Any = module.apply(
-      {'params': params}, tokens, positions, segment_ids, cache
-    )
-    return out
+    return internals(
+      params, tokens, positions=positions, segment_ids=segment_ids, cache=cache
+    )[:2]
+
+  def normalize(params: Params, residual: Array) -> Array:
+    def weight(name: str, init: Any) -> Array:
+      del init
+      return used(params[name], ('width',), config.dtype)
+
+    return normalized(config, weight, 'final_norm', residual)
 
   def unembed(params: Params, hidden: Array) -> Array:
+    if config.num_labels:
+      return label_logits(params, hidden)
     name = 'embedding' if config.tie_embeddings else 'unembedding'
     table = used(params[name], ('vocab', 'width'), config.dtype)
-    return jnp.einsum(
-      '...d,vd->...v', hidden, table,
-      preferred_element_type=widened(config.dtype),
-    )  # fmt: skip
+    logits = wide_einsum('...d,vd->...v', hidden, table)
+    cap = config.logit_soft_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
   def logical_axes() -> Params:
     return jax.tree.map(
@@ -202,6 +219,16 @@ def transformer(config: Config) -> Model:
       jax.eval_shape(boxed, jax.random.key(0)),
       is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
+
+  def kernels() -> dict[Path, tuple[int, int]]:
+    # What reads the residual stream, and what adds to it.
+    found = {}
+    flat: dict[Path, Any] = traverse_util.flatten_dict(logical_axes())
+    for path, axes in flat.items():
+      matrix = axes[0] == 'layers' and len(axes) > 2 and 'experts' not in axes
+      if matrix and 'width' in (axes[1], axes[-1]):
+        found[path] = (1, 1 if axes[1] == 'width' else len(axes) - 2)
+    return found
 
   return Model(
     init=lambda key: nn.unbox(boxed(key)),
@@ -212,38 +239,29 @@ def transformer(config: Config) -> Model:
     ),
     vocab_size=config.vocab_size,
     logical_axes=logical_axes,
+    internals=internals,
+    normalize=normalize,
+    num_experts=config.num_experts,
+    kernels=kernels,
   )
 
 
-def empty_cache(
-  config: Config, batch_size: int, length: int, prefix: Cache | None
-) -> Cache:
-  """Free slots behind an optional prefix; see `postrain.types.EmptyCacheFn`.
+STATES = ('residual', 'attention', 'mlp', 'attention_input', 'mlp_input')
+ROUTING = ('experts', 'router_logits')
+
+
+def check_captures(
+  config: Config, capture: tuple[str, ...], experts: Array | None
+) -> None:
+  """Refuse names that this decoder does not know.
 
   Raises:
-    ValueError: the rows of the prefix do not divide ``batch_size``, or there
-      are more slots than the model has positions.
+    ValueError: such a name, or one of experts where there are none.
   """
-  slots = [level.segment_ids.shape for level in lineage(prefix)]
-  if slots and batch_size % slots[-1][0]:
+  names = STATES + (ROUTING if config.num_experts else ())
+  if unknown := sorted(set(capture) - set(names)):
     raise ValueError(
-      f'batch_size={batch_size} is no multiple of the {slots[-1][0]} rows of'
-      ' the prefix: each prompt needs equally many rows'
+      f'capture has {", ".join(unknown)}: this model has {", ".join(names)}'
     )
-  total = length + sum(width for _, width in slots)
-  if total > config.max_length:
-    raise ValueError(
-      f'{total} cache slots exceed max_length={config.max_length}: shorten'
-      ' prompts or completions, or raise max_length'
-    )
-  shape = (
-    config.num_layers, batch_size, config.num_kv_heads, length,
-    config.head_dim,
-  )  # fmt: skip
-  return Cache(
-    keys=jnp.zeros(shape, config.dtype),
-    values=jnp.zeros(shape, config.dtype),
-    segment_ids=jnp.zeros((batch_size, length), jnp.int32),
-    length=jnp.zeros((), jnp.int32),
-    prefix=prefix,
-  )
+  if experts is not None and not config.num_experts:
+    raise ValueError('experts given to a dense model: leave them out')

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from postrain.types import Model, Params
+from postrain.types import InternalsFn, Model, Params
 
 
 class Buffer(NamedTuple):
@@ -26,6 +26,8 @@ def plain(
   vocab_size: int,
   *,
   logical_axes: Callable[[], Params] | None = None,
+  captured: Callable[..., tuple[Array, dict[str, Array]]] | None = None,
+  normalize: Callable[[Params, Array], Array] | None = None,
 ) -> Model:
   """Make a model of plain functions that know no cache.
 
@@ -40,6 +42,9 @@ def plain(
     unembed: (params, hidden [... D]) -> logits [... V].
     vocab_size: V.
     logical_axes: see `postrain.types.Model`.
+    captured: like hidden, and after its inputs the names to capture; returns
+      them as `postrain.types.InternalsFn` says, [L B N ...], with the states.
+    normalize: see `postrain.types.Model`.
   """
 
   def cached_hidden(
@@ -66,7 +71,42 @@ def plain(
     empty_cache=_empty_buffer,
     vocab_size=vocab_size,
     logical_axes=logical_axes,
+    internals=None if captured is None else _internals(captured),
+    normalize=normalize,
   )
+
+
+def _internals(
+  captured: Callable[..., tuple[Array, dict[str, Array]]],
+) -> InternalsFn:
+  def internals(
+    params: Params,
+    tokens: Int[Array, 'B N'],
+    *,
+    positions: Int[Array, 'B N'],
+    segment_ids: Int[Array, 'B N'],
+    cache: Buffer | None = None,
+    capture: tuple[str, ...] = (),
+    experts: Array | None = None,
+  ) -> tuple[Float[Array, 'B N D'], Buffer | None, dict[str, Array]]:
+    if experts is not None:
+      raise ValueError(
+        'experts given to a model of plain functions: it has none'
+      )
+    inputs = (tokens, positions, segment_ids)
+    if cache is None:
+      states, found = captured(params, *inputs, capture)
+      return states, None, found
+    cache = _append(cache, *inputs)
+    states, found = captured(params, *cache[:3], capture)
+    first, num_new = cache.length - tokens.shape[1], tokens.shape[1]
+
+    def new(x: Array, axis: int) -> Array:
+      return jax.lax.dynamic_slice_in_dim(x, first, num_new, axis=axis)
+
+    return new(states, 1), cache, {k: new(v, 2) for k, v in found.items()}
+
+  return internals
 
 
 def _empty_buffer(

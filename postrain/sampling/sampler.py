@@ -1,6 +1,6 @@
 """Sample groups of completions: prefill once a prompt, decode until all end."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from postrain.logprobs import token_logprobs
 from postrain.sampling.filters import Draw, draw
-from postrain.scoring import token_positions
+from postrain.scoring import forward, token_positions
 from postrain.types import Model, Samples, Scalar
 
 
@@ -48,6 +48,7 @@ def sample(
   top_p: Scalar | None = None,
   min_p: Scalar | None = None,
   record_kept: bool = False,
+  record_routing: bool = False,
   prompt_ids: Int[Array, ' P'] | None = None,
 ) -> Samples:
   """Sample ``num_samples`` completions of each prompt.
@@ -73,17 +74,15 @@ def sample(
     min_p: least probability relative to the best, in [0, 1], None for none.
     record_kept: also return the ids that the filters kept; needs ``top_k``,
       which bounds their number.
+    record_routing: also return the experts that each token visited.
     prompt_ids: identities of the prompts for the keys; 0, 1, ... if None.
 
   Returns:
     Samples of ``B = P * num_samples`` rows, the samples of a prompt together.
   """
-  if record_kept:
-    _check_bounded(top_k)
-  num_prompts = prompts.shape[0]
-  batch_size = num_prompts * num_samples
+  _check_bounded(record_kept, top_k)
   if prompt_ids is None:
-    prompt_ids = jnp.arange(num_prompts)
+    prompt_ids = jnp.arange(len(prompts))
   keys = sequence_keys(key, prompt_ids, num_samples)
   choose = functools.partial(
     _choose, keys=keys, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -91,38 +90,37 @@ def sample(
   )  # fmt: skip
   lengths = jnp.repeat(prompt_mask.sum(-1, dtype=jnp.int32), num_samples)
   stops = jnp.asarray(tuple(stop_ids), prompts.dtype)
-
-  logits, prefix = _prefill(model, params, prompts, prompt_mask)
-  first, model_logprobs = choose(
-    jnp.repeat(logits, num_samples, axis=0), jnp.int32(0)
+  run = functools.partial(
+    forward, model, params, capture=('experts',) if record_routing else ()
   )
+  last, prefix, routing = _prefill(model, run, prompts, prompt_mask)
+  logits = jnp.repeat(model.unembed(params, last), num_samples, axis=0)
+  first, model_logprobs = choose(logits, jnp.int32(0))
   buffers = _empty_samples(first, model_logprobs, max_new_tokens, pad_id)
-  done = jnp.zeros(batch_size, bool)
+  buffers = _with_experts(buffers, prompt_mask, routing)
+  done = jnp.zeros(len(keys), bool)
   state = _Loop(
     step=jnp.int32(1),
     last=first.tokens.astype(prompts.dtype),
     done=jnp.isin(first.tokens, stops),
-    cache=model.empty_cache(batch_size, max(max_new_tokens - 1, 1), prefix),
+    cache=model.empty_cache(len(keys), max(max_new_tokens - 1, 1), prefix),
     samples=_write(buffers, jnp.int32(0), first, model_logprobs, done),
   )
 
   def decode(loop: _Loop) -> _Loop:
-    hidden, cache = model.hidden(
-      params,
-      loop.last[:, None],
-      positions=(lengths + loop.step - 1)[:, None],
-      segment_ids=(~loop.done).astype(jnp.int32)[:, None],
-      cache=loop.cache,
-    )
-    drawn, model_logprobs = choose(
-      model.unembed(params, hidden[:, 0]), loop.step
-    )
+    hidden, cache, routing = run(
+      loop.last[:, None], positions=(lengths + loop.step - 1)[:, None],
+      segment_ids=(~loop.done).astype(jnp.int32)[:, None], cache=loop.cache,
+    )  # fmt: skip
+    logits = model.unembed(params, hidden[:, 0])
+    drawn, model_logprobs = choose(logits, loop.step)
+    samples = _write_experts(loop.samples, loop.step, routing, loop.done)
     return _Loop(
       step=loop.step + 1,
       last=jnp.where(loop.done, pad_id, drawn.tokens).astype(prompts.dtype),
       done=loop.done | jnp.isin(drawn.tokens, stops),
       cache=cache,
-      samples=_write(loop.samples, loop.step, drawn, model_logprobs, loop.done),
+      samples=_write(samples, loop.step, drawn, model_logprobs, loop.done),
     )
 
   def unfinished(loop: _Loop) -> Array:
@@ -132,8 +130,8 @@ def sample(
   return final.samples._replace(truncated=~final.done)
 
 
-def _check_bounded(top_k: int | None) -> None:
-  if top_k is None:
+def _check_bounded(record_kept: bool, top_k: int | None) -> None:
+  if record_kept and top_k is None:
     raise ValueError(
       'record_kept=True needs top_k, which bounds the recorded set:'
       ' set it, for example, to 128'
@@ -141,17 +139,16 @@ def _check_bounded(top_k: int | None) -> None:
 
 
 def _prefill(
-  model: Model, params: Any, prompts: Array, prompt_mask: Array
-) -> tuple[Array, Any]:
-  """Logits after each prompt, and its cache."""
-  hidden, cache = model.hidden(
-    params,
+  model: Model, run: Callable, prompts: Array, prompt_mask: Array
+) -> tuple[Array, Any, dict[str, Array]]:
+  """The last hidden state of each prompt, its cache, where its tokens went."""
+  hidden, cache, routing = run(
     prompts,
     positions=token_positions(prompt_mask),
     segment_ids=prompt_mask.astype(jnp.int32),
     cache=model.empty_cache(*prompts.shape),
   )
-  return model.unembed(params, hidden[:, -1]), cache
+  return hidden[:, -1], cache, routing
 
 
 def _choose(
@@ -191,11 +188,34 @@ def _write(
       jnp.where(live, value.astype(buffer.dtype), buffer[:, step])
     )
 
-  return Samples(
+  return samples._replace(
     tokens=column(samples.tokens, drawn.tokens),
     mask=column(samples.mask, ~done),
     sampler_logprobs=column(samples.sampler_logprobs, drawn.logprobs),
     model_logprobs=column(samples.model_logprobs, logprobs),
-    truncated=samples.truncated,
     kept=None if drawn.kept is None else column(samples.kept, drawn.kept),
   )
+
+
+def _with_experts(
+  samples: Samples, valid: Array, routing: dict[str, Array]
+) -> Samples:
+  """Room for the experts of completions, behind those of the prompts."""
+  if 'experts' not in routing:
+    return samples
+  batch_size, length = samples.tokens.shape
+  visited = jnp.where(valid[..., None, None], routing['experts'], -1)
+  visited = jnp.repeat(visited, batch_size // len(valid), axis=0)
+  widths = ((0, 0), (0, length), (0, 0), (0, 0))
+  return samples._replace(experts=jnp.pad(visited, widths, constant_values=-1))
+
+
+def _write_experts(
+  samples: Samples, step: Array, routing: dict[str, Array], done: Array
+) -> Samples:
+  """Put what the token before ``step`` visited into its column, if recorded."""
+  if samples.experts is None:
+    return samples
+  visited = jnp.where(done[:, None, None], -1, routing['experts'][:, 0])
+  place = samples.experts.shape[1] - samples.tokens.shape[1] + step - 1
+  return samples._replace(experts=samples.experts.at[:, place].set(visited))

@@ -1,0 +1,136 @@
+"""Rotary positions, and attention over levels of shared keys."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from postrain.models.norms import widened
+
+
+class View(NamedTuple):
+  """Where a kind of layer looks, and how it turns queries and keys.
+
+  ``visible[b, n, s]`` tells whether new token ``n`` sees slot ``s``, where the
+  slots are those of the past, level by level, and then the new tokens. The
+  views of several kinds of layers are stacked on a leading axis.
+  """
+
+  cos: Float[Array, '*K B N 1 half']
+  sin: Float[Array, '*K B N 1 half']
+  visible: Bool[Array, '*K B N S']
+
+
+class Level(NamedTuple):
+  """Keys and values of ``P`` sequences, each shared by ``B // P`` rows."""
+
+  keys: Float[Array, 'P K S d']
+  values: Float[Array, 'P K S d']
+
+
+def rotation(
+  positions: Int[Array, 'B N'],
+  frequencies: Float[Array, ' half'],
+  scale: float = 1.0,
+) -> tuple[Float[Array, 'B N 1 half'], Float[Array, 'B N 1 half']]:
+  """Cosine and sine of the angles position * frequency."""
+  angles = jnp.einsum(
+    'bn,i->bni', positions.astype(frequencies.dtype), frequencies
+  )
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  if scale != 1:
+    cos, sin = cos * scale, sin * scale
+  return cos[:, :, None], sin[:, :, None]
+
+
+def rotate(
+  x: Float[Array, 'B N H d'],
+  cos: Float[Array, 'B N 1 half'],
+  sin: Float[Array, 'B N 1 half'],
+) -> Float[Array, 'B N H d']:
+  """Turn the pairs (x[i], x[i + half]), the layout of Hugging Face weights.
+
+  Dimensions from 2 * half on stay as they are.
+  """
+  turned = 2 * cos.shape[-1]
+  first, second = jnp.split(x[..., :turned].astype(cos.dtype), 2, axis=-1)
+  parts = [first * cos - second * sin, second * cos + first * sin]
+  if turned < x.shape[-1]:
+    parts.append(x[..., turned:].astype(cos.dtype))
+  return jnp.concatenate(parts, axis=-1).astype(x.dtype)
+
+
+def wide_einsum(subscripts: str, left: Array, right: Array) -> Array:
+  """Multiply arrays of one type and sum in at least float32."""
+  wide = widened(left.dtype)
+  if jax.default_backend() == 'cpu':  # it lacks such products of some shapes
+    left, right = left.astype(wide), right.astype(wide)
+  return jnp.einsum(subscripts, left, right, preferred_element_type=wide)
+
+
+def attention(
+  query: Float[Array, 'B N H d'],
+  levels: Sequence[Level],
+  visible: Bool[Array, 'B N S'],
+  *,
+  scale: float,
+  soft_cap: float | None = None,
+) -> Float[Array, 'B N H d']:
+  """Attend over levels of shared keys with one softmax over all their slots.
+
+  softmax(cap(scale q·kᵀ)) v, with cap(x) = c tanh(x / c). A level of ``P``
+  sequences is read where it lies: its keys are multiplied with the queries of
+  all rows that share them, so that the cache of a prompt is never copied to
+  its samples.
+  """
+  batch, num_new, num_heads, head_dim = query.shape
+  wide = widened(query.dtype)
+
+  def scores(level: Level) -> Array:
+    num_rows, num_kv, num_slots, _ = level.keys.shape
+    grouped = query.reshape(num_rows, -1, num_new, num_kv,
+                            num_heads // num_kv, head_dim)  # fmt: skip
+    out = wide_einsum('pgnkrd,pksd->pgkrns', grouped, level.keys)
+    return out.reshape(batch, num_heads, num_new, num_slots)
+
+  def mix(weights: Array, level: Level) -> Array:
+    num_rows, num_kv, num_slots, _ = level.values.shape
+    grouped = weights.reshape(num_rows, -1, num_kv, num_heads // num_kv,
+                              num_new, num_slots)  # fmt: skip
+    out = wide_einsum('pgkrns,pksd->pgnkrd', grouped, level.values)
+    return out.reshape(query.shape)
+
+  logits = jnp.concatenate([scores(level) for level in levels], axis=-1)
+  logits *= scale
+  if soft_cap is not None:
+    logits = soft_cap * jnp.tanh(logits / soft_cap)
+  logits = jnp.where(visible[:, None], logits, -jnp.inf)
+  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+  start, out = 0, jnp.zeros(query.shape, wide)
+  for level in levels:
+    end = start + level.keys.shape[2]
+    out += mix(weights[..., start:end], level)
+    start = end
+  return out.astype(query.dtype)
+
+
+def whole_attention(
+  query: Float[Array, 'B N H d'],
+  key: Float[Array, 'B N K d'],
+  value: Float[Array, 'B N K d'],
+  visible: Bool[Array, 'B N N'],
+  *,
+  scale: float,
+  soft_cap: float | None = None,
+) -> Float[Array, 'B N H d']:
+  """Attend within whole sequences, in `jax.nn.dot_product_attention`."""
+  # It knows no cap, and its softmax is in float32 whatever comes in.
+  if soft_cap is not None or query.dtype == jnp.float64:
+    level = Level(key.swapaxes(1, 2), value.swapaxes(1, 2))
+    return attention(query, (level,), visible, scale=scale, soft_cap=soft_cap)
+  with jax.numpy_dtype_promotion('standard'):  # it mixes types inside
+    return jax.nn.dot_product_attention(
+      query, key, value, mask=visible[:, None], scale=scale
+    )

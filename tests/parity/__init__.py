@@ -1,0 +1,1 @@
+"""Checkpoints of every family, and what transformers computes with them."""
