@@ -12,6 +12,8 @@ from postrain.dtypes import promoted
 from postrain.logprobs import map_time_chunks, token_entropy, token_logprobs
 from postrain.types import Cache, Model, Packing, Params, Scalar
 
+ROUTING = ('experts', 'router_logits')  # captures of a mixture of experts
+
 
 class Scores(NamedTuple):
   """Per-token figures, 0 off the mask.
@@ -115,9 +117,6 @@ def read_states(
     name: unpacked(x) if name == 'experts' else jax.vmap(unpacked)(x)
     for name, x in captured.items()
   }
-
-
-ROUTING = ('experts', 'router_logits')
 
 
 def routed_states(
