@@ -25,13 +25,10 @@ from postrain import exam, policies
 def parser() -> argparse.ArgumentParser:
   """The flags."""
   flags = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    parents=[policies.flags()],
   )
-  source = flags.add_mutually_exclusive_group(required=True)
-  source.add_argument('--model', help='a Hugging Face directory')
-  source.add_argument('--workdir', help='a training run')
-  flags.add_argument('--step', type=int, help='of the checkpoint; the newest')
-  flags.add_argument('--dtype', default='float32', help='of a directory')
   flags.add_argument('--data', required=True, help='JSON lines')
   flags.add_argument('--output', required=True, help='a directory')
   flags.add_argument('--layout', help='of the data; recognised')
@@ -40,20 +37,11 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument('--num_examples', type=int, help='the first; all')
   flags.add_argument('--style', choices=('plain', 'chat'), default='plain')
   flags.add_argument('--prompt_template', help='with {question} in it')
-  flags.add_argument('--system', help='the system message of a chat')
-  flags.add_argument(
-    '--thinking', choices=('on', 'off'), help='if the chat template knows it'
-  )
   flags.add_argument('--max_new_tokens', type=int, default=512)
   flags.add_argument('--num_samples', type=int, default=0)
   flags.add_argument(
     '--ks', help='of pass@k, with commas; the powers of two up to num_samples'
   )
-  flags.add_argument('--temperature', type=float, default=1.0)
-  flags.add_argument('--top_k', type=int)
-  flags.add_argument('--top_p', type=float)
-  flags.add_argument('--min_p', type=float)
-  flags.add_argument('--seed', type=int, default=0)
   flags.add_argument('--batch_size', type=int, default=16, help='problems')
   flags.add_argument(
     '--grader', help='accuracy, choice, exact_match or another'
@@ -90,14 +78,7 @@ def run(flags: argparse.Namespace) -> None:
   note(
     f'{len(problems)} problems of {flags.data}: {layout}, graded by {grader}'
   )
-  policy = policies.load(
-    model=flags.model,
-    workdir=flags.workdir,
-    step=flags.step,
-    dtype=flags.dtype,
-  )
-  if flags.thinking is not None:
-    policies.set_thinking(policy, flags.thinking == 'on')
+  policy = policies.from_flags(flags)
   given = vars(flags) | {
     'template': flags.prompt_template,
     'ks': pass_counts(flags),

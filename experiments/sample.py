@@ -26,27 +26,15 @@ from postrain.streaming import TextStream, make_streamer
 def parser() -> argparse.ArgumentParser:
   """The flags."""
   flags = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    parents=[policies.flags()],
   )
-  source = flags.add_mutually_exclusive_group(required=True)
-  source.add_argument('--model', help='a Hugging Face directory')
-  source.add_argument('--workdir', help='a training run')
-  flags.add_argument('--step', type=int, help='of the checkpoint; the newest')
-  flags.add_argument('--dtype', default='float32', help='of a directory')
   what = flags.add_mutually_exclusive_group(required=True)
   what.add_argument('--prompt', help='a text to continue')
   what.add_argument(
     '--chat', action='store_true', help='talk: a message a line'
   )
-  flags.add_argument('--system', help='the system message of a conversation')
-  flags.add_argument(
-    '--thinking', choices=('on', 'off'), help='if the chat template knows it'
-  )
-  flags.add_argument('--temperature', type=float, default=1.0)
-  flags.add_argument('--top_k', type=int)
-  flags.add_argument('--top_p', type=float)
-  flags.add_argument('--min_p', type=float)
-  flags.add_argument('--seed', type=int, default=0)
   flags.add_argument('--max_new_tokens', type=int, default=256)
   flags.add_argument('--num_samples', type=int, default=1)
   return flags
@@ -63,14 +51,7 @@ def run(flags: argparse.Namespace, lines: Iterable[str]) -> None:
       f'--num_samples={flags.num_samples}: it must be at least 1, and with'
       ' --chat no more'
     )
-  policy = policies.load(
-    model=flags.model,
-    workdir=flags.workdir,
-    step=flags.step,
-    dtype=flags.dtype,
-  )
-  if flags.thinking is not None:
-    policies.set_thinking(policy, flags.thinking == 'on')
+  policy = policies.from_flags(flags)
   stream = make_streamer(
     policy,
     max_new_tokens=flags.max_new_tokens,

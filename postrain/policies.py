@@ -1,5 +1,6 @@
 """A policy to talk to: from a directory or from the checkpoint of a run."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
@@ -179,6 +180,43 @@ def from_run(
     actor.model, params, environment.tokenizer, tuple(environment.stop_ids),
     actor.max_length, f'run {workdir}, step {step}',
   )  # fmt: skip
+
+
+def flags() -> argparse.ArgumentParser:
+  """The flags of programs that take a policy and sample; a parent parser."""
+  made = argparse.ArgumentParser(add_help=False)
+  source = made.add_mutually_exclusive_group(required=True)
+  source.add_argument('--model', help='a Hugging Face directory')
+  source.add_argument('--workdir', help='a training run')
+  made.add_argument('--step', type=int, help='of the checkpoint; the newest')
+  made.add_argument('--dtype', default='float32', help='of a directory')
+  made.add_argument('--system', help='the system message of a conversation')
+  made.add_argument(
+    '--thinking', choices=('on', 'off'), help='if the chat template knows it'
+  )
+  made.add_argument('--temperature', type=float, default=1.0)
+  made.add_argument('--top_k', type=int)
+  made.add_argument('--top_p', type=float)
+  made.add_argument('--min_p', type=float)
+  made.add_argument('--seed', type=int, default=0)
+  return made
+
+
+def from_flags(given: argparse.Namespace) -> Policy:
+  """The policy that `flags` name.
+
+  Raises:
+    ValueError: see `load` and `set_thinking`.
+  """
+  policy = load(
+    model=given.model,
+    workdir=given.workdir,
+    step=given.step,
+    dtype=given.dtype,
+  )
+  if given.thinking is not None:
+    set_thinking(policy, given.thinking == 'on')
+  return policy
 
 
 def set_thinking(policy: Policy, enabled: bool) -> None:
