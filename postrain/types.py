@@ -103,6 +103,9 @@ class Model:
     logical_axes: key -> a tree like params whose leaves are tuples of logical
       axis names, for `postrain.sharding`; None replicates every parameter.
     internals: see `InternalsFn`; None where a network shows none.
+    serving: params -> the same in the form that is fastest to read over and
+      over, once a token; ``hidden``, ``internals`` and ``unembed`` take both.
+      None where there is one form.
     normalize: (params, residual) -> hidden, the final norm, so that
       unembed(normalize(residual[l])) is the policy of layer l.
     num_experts: of each layer; 0 where the network is dense.
@@ -117,6 +120,7 @@ class Model:
   vocab_size: int
   logical_axes: Callable[[], Params] | None = None
   internals: InternalsFn | None = None
+  serving: Callable[[Params], Params] | None = None
   normalize: Callable[[Params, Array], Array] | None = None
   num_experts: int = 0
   kernels: Callable[[], dict[Path, tuple[int, int]]] | None = None

@@ -14,20 +14,42 @@ class View(NamedTuple):
   """Where a kind of layer looks, and how it turns queries and keys.
 
   ``visible[b, n, s]`` tells whether new token ``n`` sees slot ``s``, where the
-  slots are those of the past, level by level, and then the new tokens. The
+  slots are those of the past, level by level, and then those of the cache that
+  the new tokens are put into, ``at`` a slot, or, without one, these tokens. The
   views of several kinds of layers are stacked on a leading axis.
   """
 
   cos: Float[Array, '*K B N 1 half']
   sin: Float[Array, '*K B N 1 half']
   visible: Bool[Array, '*K B N S']
+  at: Int[Array, '*K'] | None = None
 
 
 class Level(NamedTuple):
-  """Keys and values of ``P`` sequences, each shared by ``B // P`` rows."""
+  """Keys and values of ``P`` sequences, each shared by ``B // P`` rows.
 
-  keys: Float[Array, 'P K S d']
+  Slots are the last axis of keys: products with few queries then read memory in
+  order (x 5 on a CPU).
+  """
+
+  keys: Float[Array, 'P K d S']
   values: Float[Array, 'P K S d']
+
+
+def new_level(
+  keys: Float[Array, 'B N K d'], values: Float[Array, 'B N K d']
+) -> Level:
+  """A level of new tokens, each row its own."""
+  return Level(jnp.moveaxis(keys, 1, 3), values.swapaxes(1, 2))
+
+
+def written(level: Level, new: Level, at: Int[Array, '']) -> Level:
+  """Put new tokens into a level, from slot ``at`` on."""
+  put = jax.lax.dynamic_update_slice_in_dim
+  return Level(
+    put(level.keys, new.keys.astype(level.keys.dtype), at, 3),
+    put(level.values, new.values.astype(level.values.dtype), at, 2),
+  )
 
 
 def rotation(
@@ -88,19 +110,29 @@ def attention(
   batch, num_new, num_heads, head_dim = query.shape
   wide = widened(query.dtype)
 
+  # Products stand in the order that the backends' fast paths know.
   def scores(level: Level) -> Array:
-    num_rows, num_kv, num_slots, _ = level.keys.shape
+    num_rows, num_kv, _, num_slots = level.keys.shape
     grouped = query.reshape(num_rows, -1, num_new, num_kv,
                             num_heads // num_kv, head_dim)  # fmt: skip
-    out = wide_einsum('pgnkrd,pksd->pgkrns', grouped, level.keys)
+    grouped = jnp.moveaxis(grouped, 3, 1)
+    lead = grouped.shape[2:-1]
+    flat = grouped.reshape(num_rows, num_kv, -1, head_dim)
+    out = wide_einsum('pkmd,pkds->pkms', flat, level.keys)
+    out = out.reshape(num_rows, num_kv, *lead, num_slots)  # p k g n r s
+    out = jnp.transpose(out, (0, 2, 1, 4, 3, 5))
     return out.reshape(batch, num_heads, num_new, num_slots)
 
   def mix(weights: Array, level: Level) -> Array:
     num_rows, num_kv, num_slots, _ = level.values.shape
     grouped = weights.reshape(num_rows, -1, num_kv, num_heads // num_kv,
                               num_new, num_slots)  # fmt: skip
-    out = wide_einsum('pgkrns,pksd->pgnkrd', grouped, level.values)
-    return out.reshape(query.shape)
+    grouped = jnp.transpose(grouped, (0, 2, 1, 4, 3, 5))
+    lead = grouped.shape[2:-1]
+    flat = grouped.reshape(num_rows, num_kv, -1, num_slots)
+    out = wide_einsum('pkms,pksd->pkmd', flat, level.values)
+    out = out.reshape(num_rows, num_kv, *lead, head_dim)  # p k g n r d
+    return jnp.moveaxis(out, 1, 3).reshape(query.shape)
 
   logits = jnp.concatenate([scores(level) for level in levels], axis=-1)
   logits *= scale
@@ -110,7 +142,7 @@ def attention(
   weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   start, out = 0, jnp.zeros(query.shape, wide)
   for level in levels:
-    end = start + level.keys.shape[2]
+    end = start + level.values.shape[2]
     out += mix(weights[..., start:end], level)
     start = end
   return out.astype(query.dtype)
@@ -128,7 +160,7 @@ def whole_attention(
   """Attend within whole sequences, in `jax.nn.dot_product_attention`."""
   # It knows no cap, and its softmax is in float32 whatever comes in.
   if soft_cap is not None or query.dtype == jnp.float64:
-    level = Level(key.swapaxes(1, 2), value.swapaxes(1, 2))
+    level = new_level(key, value)
     return attention(query, (level,), visible, scale=scale, soft_cap=soft_cap)
   with jax.numpy_dtype_promotion('standard'):  # it mixes types inside
     return jax.nn.dot_product_attention(

@@ -11,18 +11,24 @@ from postrain.models.config import Config
 
 
 class Cache(NamedTuple):
-  """Keys and values of the slots so far; all rows append at ``length``.
+  """Keys and values of the slots so far, layer by layer.
 
-  The ``prefix`` holds what ``P`` prompts left behind and is shared, not
-  copied: row ``b`` continues its row ``b // (B // P)``.
+  All rows append at ``length``, and from the first slot again when all are
+  full. Free slots have segment id 0; a cache without slots is only read. The
+  ``prefix`` holds what ``P`` prompts left behind and is shared, not copied: row
+  ``b`` continues its row ``b // (B // P)``.
   """
 
-  keys: Float[Array, 'L B K T d']
-  values: Float[Array, 'L B K T d']
+  keys: tuple[Float[Array, 'B K d T'], ...]
+  values: tuple[Float[Array, 'B K T d'], ...]
   positions: Int[Array, 'B T']
   segment_ids: Int[Array, 'B T']
   length: Int[Array, '']
   prefix: Any = None
+
+  def level(self, layer: int) -> Level:
+    """What a layer reads."""
+    return Level(self.keys[layer], self.values[layer])
 
 
 def lineage(cache: Cache | None) -> list[Cache]:
@@ -30,56 +36,69 @@ def lineage(cache: Cache | None) -> list[Cache]:
   return [] if cache is None else [*lineage(cache.prefix), cache]
 
 
-def append(
-  cache: Cache,
-  new: Level,
-  positions: Int[Array, 'B N'],
+def advance(
+  cache: Cache | None, positions: Int[Array, 'B N'],
   segment_ids: Int[Array, 'B N'],
-) -> Cache:
-  """Write the keys and values of all layers at once, behind the last slot."""
-  zero = jnp.zeros((), cache.length.dtype)
-  at = (zero, zero, zero, cache.length, zero)
+) -> tuple[list[Cache], Cache | None, Cache | None]:  # fmt: skip
+  """Put new tokens behind the last slot; their keys come layer by layer.
 
-  def column(buffer: Array, value: Array) -> Array:
-    value = value.astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice(buffer, value, (zero, cache.length))
-
-  return cache._replace(
-    keys=jax.lax.dynamic_update_slice(cache.keys, new.keys, at),
-    values=jax.lax.dynamic_update_slice(cache.values, new.values, at),
-    positions=column(cache.positions, positions),
-    segment_ids=column(cache.segment_ids, segment_ids),
-    length=cache.length + segment_ids.shape[1],
-  )
-
-
-def is_prefill(cache: Cache | None, tokens: Array) -> bool:
-  """Whether the tokens fill an empty cache, so that there is no past to read.
+  Returns:
+    The caches that are only read; the one that is written and read, None where
+    there is none or nothing in it; the cache afterwards.
 
   Raises:
     ValueError: the tokens do not fit the cache.
   """
   if cache is None:
-    return False
+    return [], None, None
+  num_new = segment_ids.shape[1]
   rows, slots = cache.segment_ids.shape
-  if tokens.shape[0] != rows or tokens.shape[1] > slots:
+  if segment_ids.shape[0] != rows or num_new > (slots or num_new):
     raise ValueError(
-      f'tokens of shape {tokens.shape} do not fit a cache of {rows} rows and'
-      f' {slots} slots: make it with empty_cache(batch_size, length)'
+      f'tokens of shape {segment_ids.shape} do not fit a cache of {rows} rows'
+      f' and {slots} slots: make it with empty_cache(batch_size, length)'
     )
-  return cache.prefix is None and tokens.shape[1] == slots
+  *past, _ = lineage(cache)
+  if not slots:
+    return past, None, cache
+  after = cache._replace(length=cache.length + num_new)
+
+  def put(buffer: Array, value: Array) -> Array:
+    value, at = value.astype(buffer.dtype), first_new(after, num_new)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, value, at, 1)
+
+  after = after._replace(
+    positions=put(cache.positions, positions),
+    segment_ids=put(cache.segment_ids, segment_ids),
+  )
+  prefills = cache.prefix is None and num_new == slots
+  return past, None if prefills else after, after
+
+
+def first_new(cache: Cache, num_new: int) -> Int[Array, '']:
+  """The slot of the first of the last ``num_new`` tokens."""
+  return (cache.length - num_new) % cache.segment_ids.shape[1]
 
 
 def visibility(
   positions: Int[Array, 'B N'],
   segment_ids: Int[Array, 'B N'],
   past: list[Cache],
+  own: Cache | None,
   window: int | None,
 ) -> Bool[Array, 'B N S']:
   """Slots that come before or at a token and carry its segment id.
 
   In a window also: fewer than ``window`` positions back. Padding sees padding,
   itself at least, so that no softmax is over nothing.
+
+  Args:
+    positions: of the new tokens.
+    segment_ids: likewise.
+    past: caches that are read, oldest first.
+    own: the cache that the tokens were put into; None where they see each other
+      and the past alone.
+    window: positions that a token sees, None for all.
   """
   batch, num_new = segment_ids.shape
 
@@ -95,10 +114,19 @@ def visibility(
       jnp.repeat(x, batch // x.shape[0], axis=0)
       for x in (cache.segment_ids, cache.positions)
     )
-    filled = jnp.arange(ids.shape[1], dtype=jnp.int32) < cache.length
-    parts.append(near(ids, places) & filled[None, None])
-  causal = jnp.tril(jnp.ones((1, num_new, num_new), bool))
-  parts.append(causal & near(segment_ids, positions))
+    parts.append(near(ids, places))
+  new = jnp.arange(num_new, dtype=jnp.int32)
+  if own is None:
+    slots, ids, places = new, segment_ids, positions
+  else:
+    # Counted from the first new token; slots of the past come after all new.
+    num_slots = own.segment_ids.shape[1]
+    slots = (
+      jnp.arange(num_slots, dtype=jnp.int32) - first_new(own, num_new)
+    ) % num_slots
+    ids, places = own.segment_ids, own.positions
+  causal = (slots[None, :] <= new[:, None]) | (slots >= num_new)[None, :]
+  parts.append(causal[None] & near(ids, places))
   return jnp.concatenate(parts, axis=-1)
 
 
@@ -123,13 +151,15 @@ def empty_cache(
       f'{total} cache slots exceed max_length={config.max_length}: shorten'
       ' prompts or completions, or raise max_length'
     )
-  shape = (
-    config.num_layers, batch_size, config.num_kv_heads, length,
-    config.head_dim,
-  )  # fmt: skip
+  lead = batch_size, config.num_kv_heads
+
+  def layers(*shape: int) -> tuple[Array, ...]:
+    zeros = (jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    return tuple(zeros)
+
   return Cache(
-    keys=jnp.zeros(shape, config.dtype),
-    values=jnp.zeros(shape, config.dtype),
+    keys=layers(*lead, config.head_dim, length),
+    values=layers(*lead, length, config.head_dim),
     positions=jnp.zeros((batch_size, length), jnp.int32),
     segment_ids=jnp.zeros((batch_size, length), jnp.int32),
     length=jnp.zeros((), jnp.int32),

@@ -22,8 +22,10 @@ from postrain.models.attention import (
   Level,
   View,
   attention,
+  new_level,
   rotate,
   whole_attention,
+  written,
 )
 from postrain.models.config import Config
 from postrain.models.lora import LowRank, Stored
@@ -84,12 +86,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Layer(NamedTuple):
   """What a scan hands to one layer.
 
-  ``kind`` counts its view where there are several. ``experts`` are those that
-  its tokens must visit; where they are negative the router chooses.
+  ``past`` is read; new tokens are put into ``own``, or see each other and the
+  past alone. ``kind`` counts its view where there are several. ``experts`` are
+  those that its tokens must visit; where they are negative the router chooses.
   """
 
   past: tuple[Level, ...] = ()
-  kind: Int[Array, ''] | None = None
+  own: Level | None = None
+  kind: Int[Array, ''] | int | None = None
   experts: Int[Array, 'B N K'] | None = None
 
 
@@ -141,10 +145,8 @@ class Block(nn.Module):
       out = self.bias(name, out, axis, 'head_dim')
     return with_logical_constraint(out, ('batch', 'time', axis, 'head_dim'))
 
-  def attend(
-    self, h: Array, view: View, past: tuple[Level, ...], keep: bool
-  ) -> tuple[Array, Level | None]:
-    """Attention over the past and the new tokens."""
+  def attend(self, h: Array, view: View, layer: Layer) -> tuple[Array, Level]:
+    """Attention over the past and the new tokens; what the cache holds then."""
     c = self.config
     query = self.heads('query', h, c.num_heads, 'heads')
     key = self.heads('key', h, c.num_kv_heads, 'kv_heads')
@@ -156,14 +158,14 @@ class Block(nn.Module):
     if c.position_embedding == 'rotary':
       query = rotate(query, view.cos, view.sin)
       key = rotate(key, view.cos, view.sin)
-    new = None
-    if keep:
-      new = Level(key.swapaxes(1, 2), value.swapaxes(1, 2))
+    level = new_level(key, value)
+    if layer.own is not None:
+      level = written(layer.own, level, view.at)
     how: Any = dict(
       scale=c.attention_scale or c.head_dim**-0.5, soft_cap=c.attention_soft_cap
     )
-    if past and new is not None:
-      h = attention(query, (*past, new), view.visible, **how)
+    if layer.past or layer.own is not None:
+      h = attention(query, (*layer.past, level), view.visible, **how)
     else:
       h = whole_attention(query, key, value, view.visible, **how)
     output = self.weight(
@@ -171,7 +173,7 @@ class Block(nn.Module):
       ('heads', 'head_dim', 'width'), num_inputs=2, scale=residual_scale(c),
     )  # fmt: skip
     h = product(h, output, num_inputs=2)
-    return (self.bias('output', h, 'width') if c.output_bias else h), new
+    return (self.bias('output', h, 'width') if c.output_bias else h), level
 
   def dense_mlp(self, h: Array, prefix: str, width: int) -> Array:
     """down(act(gate) * up), or down(act(up))."""
@@ -202,14 +204,14 @@ class Block(nn.Module):
     layer: Layer,
     keep: bool,
   ) -> tuple[Float[Array, 'B N D'], tuple[Level | None, dict[str, Array]]]:
-    """Returns the new activations; keys and values if ``keep``; captures."""
+    """Returns the new activations; the cache's level if ``keep``; captures."""
     c = self.config
     if layer.kind is not None:
       view = jax.tree.map(lambda v: v[layer.kind], view)
     before, after = c.norm_order != 'post', c.norm_order != 'pre'
     h = self.norm('attention_norm', x, 'width') if before else x
     captured = {'attention_input': h}
-    h, new = self.attend(h, view, layer.past, keep)
+    h, level = self.attend(h, view, layer)
     if after:
       h = self.norm('attention_post_norm', h, 'width')
     x += h
@@ -226,7 +228,8 @@ class Block(nn.Module):
     x += h
     captured |= {'mlp': h, 'residual': x}
     x = with_logical_constraint(x, ('batch', 'time', 'embed'))
-    return x, (new, {name: captured[name] for name in self.capture})
+    kept = level if keep else None
+    return x, (kept, {name: captured[name] for name in self.capture})
 
 
 def residual_scale(config: Config) -> float:

@@ -128,11 +128,15 @@ def lora(model: Model, adapters: LoRA) -> Model:
     return Adapted(axes, traverse_util.unflatten_dict(drawn))
 
   def adapted(fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """The same function, of the adapted parameters."""
+    """The same function, of the adapted parameters; served ones are whole."""
     put = merged if model.kernels is None else _beside
+
+    def whole(params: Params) -> Params:
+      return put(params, adapters) if isinstance(params, Adapted) else params
+
     if fn is None:
       return None
-    return lambda params, *args, **how: fn(put(params, adapters), *args, **how)
+    return lambda params, *args, **how: fn(whole(params), *args, **how)
 
   return dataclasses.replace(
     model,
@@ -141,6 +145,7 @@ def lora(model: Model, adapters: LoRA) -> Model:
     unembed=adapted(model.unembed),
     logical_axes=logical_axes if model.logical_axes else None,
     internals=adapted(model.internals),
+    serving=adapted(model.serving),
     normalize=adapted(model.normalize),
     kernels=None,
   )

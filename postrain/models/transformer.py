@@ -9,51 +9,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from postrain.models.attention import Level, View, rotation, wide_einsum
-from postrain.models.cache import (
-  Cache,
-  append,
-  empty_cache,
-  is_prefill,
-  lineage,
-  visibility,
-)
+from postrain.models.attention import wide_einsum
+from postrain.models.cache import Cache, advance, empty_cache
 from postrain.models.config import Config
 from postrain.models.heads import label_logits, label_shapes
-from postrain.models.layers import Block, Layer, normalized, used
-from postrain.models.norms import widened
-from postrain.models.rope import frequencies
+from postrain.models.layers import Layer, normalized, used
+from postrain.models.stack import (
+  blocks,
+  layer_views,
+  served_blocks,
+  serving,
+)
 from postrain.types import Model, Params, Path
 
 __all__ = ['Cache', 'Config', 'transformer']
-
-
-def layer_views(
-  config: Config, positions: Array, segment_ids: Array, past: list[Cache]
-) -> tuple[View, Int[Array, ' L'] | None]:
-  """The view of each kind of layer, and the kinds if there are several."""
-  kinds = config.layer_types or ('full',)
-  several = sorted(set(kinds))
-  dtype = widened(config.dtype)
-  dim = config.rotary_dim or config.head_dim
-
-  def view(kind: str) -> View:
-    window = config.sliding_window if kind == 'sliding' else None
-    visible = visibility(positions, segment_ids, past, window)
-    theta, scaling = config.rope_theta, config.rope_scaling
-    if kind == 'sliding' and config.local_rope_theta is not None:
-      theta, scaling = config.local_rope_theta, None
-    turned = positions if kind != 'unrotated' else jnp.zeros_like(positions)
-    speeds, scale = frequencies(dim, theta, scaling, config.max_length, dtype)
-    if kind == 'unrotated':
-      scale = 1.0
-    return View(*rotation(turned, speeds, scale), visible)
-
-  views = [view(kind) for kind in several]
-  if len(views) == 1:
-    return views[0], None
-  number = [several.index(kind) for kind in kinds]
-  return jax.tree.map(lambda *v: jnp.stack(v), *views), jnp.array(number)
 
 
 class Transformer(nn.Module):
@@ -61,6 +30,7 @@ class Transformer(nn.Module):
 
   config: Config
   capture: tuple[str, ...] = ()
+  served: bool = False  # parameters as `serving` makes them
 
   def weight(
     self, name: str, init: Any, shape: tuple[int, ...],
@@ -103,20 +73,24 @@ class Transformer(nn.Module):
     experts: Int[Array, 'B N L K'] | None = None,
   ) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]:
     c = self.config
-    past = [] if is_prefill(cache, tokens) else lineage(cache)
+    past, own, after = advance(cache, positions, segment_ids)
     x = self.embed(tokens, positions)
     # Padding may hold any id: what it embeds to must not reach a softmax.
     x = jnp.where((segment_ids != 0)[:, :, None], x, 0)
     x = with_logical_constraint(x, ('batch', 'time', 'embed'))
-    view, kinds = layer_views(c, positions, segment_ids, past)
-    layers = Layer(
-      tuple(Level(level.keys, level.values) for level in past),
-      kinds,
-      None if experts is None else jnp.moveaxis(experts, 2, 0),
-    )
-    x, (new, captured) = blocks(
-      c, self.capture, x, view, layers, cache is not None
-    )
+    views, kinds = layer_views(c, positions, segment_ids, past, own)
+    layers = [
+      Layer(
+        tuple(cache.level(i) for cache in past),
+        own and own.level(i),
+        kinds[i],
+        None if experts is None else experts[:, :, i],
+      )
+      for i in range(c.num_layers)
+    ]
+    run = served_blocks if self.served else blocks
+    keep = after is not None and after.segment_ids.shape[1] > 0
+    x, (levels, captured) = run(c, self.capture, x, views, layers, keep)
 
     def weight(name: str, init: Any) -> Array:
       return self.weight(name, init, (c.model_dim,), ('width',))
@@ -124,33 +98,10 @@ class Transformer(nn.Module):
     hidden = normalized(c, weight, 'final_norm', x)
     if 'experts' in captured:
       captured['experts'] = jnp.moveaxis(captured['experts'], 0, 2)
-    if cache is not None:
-      cache = append(cache, new, positions, segment_ids)
-    return hidden, cache, captured
-
-
-def blocks(
-  config: Config, capture: tuple[str, ...], x: Array, view: View,
-  layers: Layer, keep: bool,
-) -> Any:  # fmt: skip
-  """All blocks, rematerialised by policy; what they return is stacked."""
-  block: Any = Block
-  if config.remat is not None:
-    policy = getattr(jax.checkpoint_policies, config.remat)
-    block = nn.remat(
-      Block, policy=policy, prevent_cse=False, static_argnums=(4,)
-    )
-  in_axes: Any = (nn.broadcast, 0, nn.broadcast)
-  scanned = nn.scan(
-    block,
-    variable_axes={'params': 0},
-    split_rngs={'params': True},
-    in_axes=in_axes,
-    length=config.num_layers,
-    unroll=1 if config.scan_layers else config.num_layers,
-    metadata_params={nn.PARTITION_NAME: 'layers'},
-  )
-  return scanned(config, capture, name='layers')(x, view, layers, keep)
+    if keep:
+      keys, values = zip(*levels, strict=True)
+      after = after._replace(keys=keys, values=values)
+    return hidden, after, captured
 
 
 def transformer(config: Config) -> Model:
@@ -180,7 +131,7 @@ def transformer(config: Config) -> Model:
     experts: Int[Array, 'B N L K'] | None = None,
   ) -> tuple[Float[Array, 'B N D'], Cache | None, dict[str, Array]]:
     check_captures(config, capture, experts)
-    out: Any = Transformer(config, capture).apply(
+    out: Any = Transformer(config, capture, 'layers' not in params).apply(
       {'params': params}, tokens, positions, segment_ids, cache, experts
     )
     return out
@@ -240,6 +191,7 @@ def transformer(config: Config) -> Model:
     vocab_size=config.vocab_size,
     logical_axes=logical_axes,
     internals=internals,
+    serving=lambda params: serving(config, params),
     normalize=normalize,
     num_experts=config.num_experts,
     kernels=kernels,

@@ -90,10 +90,10 @@ def sample(
   )  # fmt: skip
   lengths = jnp.repeat(prompt_mask.sum(-1, dtype=jnp.int32), num_samples)
   stops = jnp.asarray(tuple(stop_ids), prompts.dtype)
-  run = functools.partial(
-    forward, model, params, capture=('experts',) if record_routing else ()
-  )
-  last, prefix, routing = _prefill(model, run, prompts, prompt_mask)
+  capture = ('experts',) if record_routing else ()
+  run = functools.partial(forward, model, capture=capture)
+  last, prefix, routing = _prefill(model, run, params, prompts, prompt_mask)
+  params = served(model, params)
   logits = jnp.repeat(model.unembed(params, last), num_samples, axis=0)
   first, model_logprobs = choose(logits, jnp.int32(0))
   buffers = _empty_samples(first, model_logprobs, max_new_tokens, pad_id)
@@ -109,7 +109,7 @@ def sample(
 
   def decode(loop: _Loop) -> _Loop:
     hidden, cache, routing = run(
-      loop.last[:, None], positions=(lengths + loop.step - 1)[:, None],
+      params, loop.last[:, None], positions=(lengths + loop.step - 1)[:, None],
       segment_ids=(~loop.done).astype(jnp.int32)[:, None], cache=loop.cache,
     )  # fmt: skip
     logits = model.unembed(params, hidden[:, 0])
@@ -130,6 +130,11 @@ def sample(
   return final.samples._replace(truncated=~final.done)
 
 
+def served(model: Model, params: Any) -> Any:
+  """Parameters as a loop over tokens reads them."""
+  return params if model.serving is None else model.serving(params)
+
+
 def _check_bounded(record_kept: bool, top_k: int | None) -> None:
   if record_kept and top_k is None:
     raise ValueError(
@@ -139,10 +144,11 @@ def _check_bounded(record_kept: bool, top_k: int | None) -> None:
 
 
 def _prefill(
-  model: Model, run: Callable, prompts: Array, prompt_mask: Array
+  model: Model, run: Callable, params: Any, prompts: Array, prompt_mask: Array
 ) -> tuple[Array, Any, dict[str, Array]]:
   """The last hidden state of each prompt, its cache, where its tokens went."""
   hidden, cache, routing = run(
+    params,
     prompts,
     positions=token_positions(prompt_mask),
     segment_ids=prompt_mask.astype(jnp.int32),
