@@ -12,7 +12,7 @@ import numpy as np
 
 from postrain import shaping
 from postrain.aggregation import token_mean
-from postrain.types import Batch, Packing, Rollout
+from postrain.types import Batch, Packing, Rollout, SharedPrompts
 
 
 def asked(fn: Callable) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def assemble(
   trained: Bool[Array, 'B T'] | None = None,
   counted: Bool[Array, 'B T'] | None = None,
   signals: Mapping[str, Array] | None = None,
+  shared: SharedPrompts | None = None,
 ) -> Batch:
   """Make a batch of a rollout, with advantages over its groups.
 
@@ -62,6 +63,7 @@ def assemble(
     counted: tokens of its denominator, ``trained`` if None.
     signals: what else the advantage may ask for: ``baselines`` [P],
       ``reward_parts`` [P G K].
+    shared: has each prompt read once for its group, the unit of the batch then.
   """
   mask = rollout.mask
   num_prompts, num_samples = rollout.rewards.shape
@@ -82,6 +84,8 @@ def assemble(
     mask=mask,
     weights={},
     arrays={**rollout.arrays, **arrays},
+    packing=shared,
+    unit_size=num_samples if shared else 1,
   )
 
 
@@ -313,15 +317,20 @@ def cut(tree: Any, num_slices: int, unit_size: int = 1) -> Any:
   return jax.tree.map(cut_leaf, tree)
 
 
+def together(packing: Packing | SharedPrompts | None) -> int:
+  """Rows that a layout lets no slice part."""
+  return packing.num_samples if isinstance(packing, SharedPrompts) else 1
+
+
 def check_packing(
-  packing: Packing | None, num_slices: int, unit_size: int
+  packing: Packing | SharedPrompts | None, num_slices: int, unit_size: int
 ) -> None:
   """Refuse a layout whose indices point into other slices.
 
   Raises:
     ValueError: it was made for another number of slices or another unit.
   """
-  if packing is None:
+  if not isinstance(packing, Packing):
     return
   made_for = packing.num_slices, packing.unit_size
   if made_for != (num_slices, unit_size):
@@ -335,7 +344,7 @@ def cut_batch(batch: Batch, num_slices: int) -> list[Array]:
   """Cut the leaves of a batch and of its layout, in their order."""
   unpacked = dataclasses.replace(batch, packing=None)
   leaves = cut(jax.tree.leaves(unpacked), num_slices, batch.unit_size)
-  if batch.packing is None:
+  if not isinstance(batch.packing, Packing):
     return leaves
   *layout, slot = jax.tree.leaves(batch.packing)
   return [

@@ -57,6 +57,9 @@ def check_assembly(
     micro = rows // recipe.rl.num_minibatches // recipe.rl.num_micro_batches
     _check_shards('rl.num_prompts', recipe.rl.num_prompts, shards)
     _check_shards('rows of an rl micro-batch', micro, shards)
+    if recipe.rl.share_prompts:
+      micro //= recipe.sampling.num_samples
+      _check_shards('prompts of an rl micro-batch', micro, shards)
   if recipe.sft.num_steps:
     micro = recipe.sft.batch_size // recipe.sft.num_micro_batches
     _check_shards('rows of an sft micro-batch', micro, shards)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from postrain.aggregation import token_mean
-from postrain.batches import call_by_name, check_packing
+from postrain.batches import call_by_name, check_packing, together
 from postrain.losses import expert_shares, kto_reference_point
 from postrain.scoring import in_slices, routed_states, score
 from postrain.types import Batch, Model, Params, Scalar
@@ -122,7 +122,8 @@ def with_expert_shares(
     return jax.vmap(of_layers)(routing['experts'], valid)
 
   arrays = batch.tokens, batch.valid, batch.packing, batch.arrays.get('experts')
-  rows = in_slices(shares_of_rows, arrays, num_slices)
+  unit = together(batch.packing)
+  rows = in_slices(shares_of_rows, arrays, num_slices, unit)
   weights = token_mean(batch.valid).sum(-1)
   shares = jnp.einsum('b,ble->le', weights, rows)
   return with_array(

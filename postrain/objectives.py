@@ -275,8 +275,9 @@ def _policy_figures(
     return logprobs, token_entropy(logits, temperature=temperature)
 
   logprobs, entropy = map_logits(
-    figures, model, params, hidden, batch.tokens, chunk_size=chunk_size
-  )
+    figures, model, params, hidden, batch.tokens, chunk_size=chunk_size,
+    packing=batch.packing,
+  )  # fmt: skip
   return logprobs, entropy, routing
 
 
@@ -308,8 +309,9 @@ def _value_term(
     critic, params, batch.tokens, batch.valid, batch.mask, batch.packing
   )
   values = map_logits(
-    lambda v: v[..., 0], critic, params, hidden, chunk_size=chunk_size
-  )
+    lambda v: v[..., 0], critic, params, hidden, chunk_size=chunk_size,
+    packing=batch.packing,
+  )  # fmt: skip
   arrays = {**batch.arrays, 'mask': batch.mask, 'values': values}
   losses, figures = call_by_name(value_loss, arrays)
   metrics = {

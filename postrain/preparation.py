@@ -22,6 +22,7 @@ from postrain.types import (
   Rollout,
   Samples,
   Scalar,
+  SharedPrompts,
 )
 
 
@@ -63,9 +64,12 @@ def make_prepare(
     samples: Samples, rewards: Any, signals: dict[str, Any],
   ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
+    shared = None
+    if recipe.rl.share_prompts:
+      shared = SharedPrompts(prompts.shape[1], recipe.sampling.num_samples)
     replay = recipe.routing.replay
     scores = score_fn(
-      params['actor'], tokens, valid, mask,
+      params['actor'], tokens, valid, mask, packing=shared,
       experts=samples.experts if replay == 'sampler' else None,
       record_routing=replay == 'old' or samples.experts is not None,
     )  # fmt: skip
@@ -82,7 +86,7 @@ def make_prepare(
     metrics = _sampler_metrics(scores, samples, gap, mask)
     if uses_reference(recipe):
       reference = rejoined(ref_params, bases(params['actor']))
-      ref = score_fn(reference, tokens, valid, mask)
+      ref = score_fn(reference, tokens, valid, mask, packing=shared)
       arrays['ref_logprobs'] = ref.logprobs
       figures = {'logprobs': scores.logprobs, 'ref_logprobs': ref.logprobs}
       metrics |= _reference_metrics(figures, mask)
@@ -104,8 +108,9 @@ def make_prepare(
     )
     trained = _trained_tokens(recipe, rollout, informative)
     batch = assemble(
-      rollout, advantage=advantage, trained=trained, signals=signals
-    )
+      rollout, advantage=advantage, trained=trained, signals=signals,
+      shared=shared,
+    )  # fmt: skip
     return batch, metrics, _columns(batch, gap)
 
   return prepare

@@ -37,6 +37,7 @@ class Reinforcement:
   num_minibatches: int  # optimiser steps of a pass
   num_micro_batches: int  # slices of an optimiser step
   num_score_slices: int
+  share_prompts: bool  # the model reads a prompt once for all its completions
   optimizer: Block
 
 
@@ -222,6 +223,8 @@ def _check_ranges(recipe: Recipe) -> None:
     'rl.num_micro_batches', rl.num_micro_batches, rows // rl.num_minibatches
   )
   _check_divides('rl.num_score_slices', rl.num_score_slices, rows)
+  if rl.share_prompts:
+    _check_groups(rl)
   if sft.num_steps:
     _check_divides(
       'sft.num_micro_batches', sft.num_micro_batches, sft.batch_size
@@ -236,6 +239,21 @@ def _check_ranges(recipe: Recipe) -> None:
       raise ValueError(f'sampling.{field}={value}: it must be in (0, 1]')
   if sampling.top_k is not None and sampling.top_k < 1:
     raise ValueError(f'sampling.top_k={sampling.top_k}: it must be at least 1')
+
+
+def _check_groups(rl: Reinforcement) -> None:
+  """With shared prompts every slice holds whole groups."""
+  parts = {
+    'rl.num_minibatches x rl.num_micro_batches': rl.num_minibatches
+    * rl.num_micro_batches,
+    'rl.num_score_slices': rl.num_score_slices,
+  }
+  for name, number in parts.items():
+    if rl.num_prompts % number:
+      raise ValueError(
+        f'{name}={number} parts groups of rl.num_prompts={rl.num_prompts}:'
+        ' take a divisor of it, or rl.share_prompts=False'
+      )
 
 
 def _is_number(value: Any) -> bool:

@@ -7,10 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from postrain.batches import check_packing, cut, join
+from postrain.batches import check_packing, cut, join, together
 from postrain.dtypes import promoted
 from postrain.logprobs import map_time_chunks, token_entropy, token_logprobs
-from postrain.types import Cache, Model, Packing, Params, Scalar
+from postrain.types import (
+  Cache,
+  Model,
+  Packing,
+  Params,
+  Scalar,
+  SharedPrompts,
+)
 
 ROUTING = ('experts', 'router_logits')  # captures of a mixture of experts
 
@@ -74,7 +81,7 @@ def read_states(
   params: Params,
   tokens: Int[Array, 'B T'],
   valid: Bool[Array, 'B T'],
-  packing: Packing | None = None,
+  packing: Packing | SharedPrompts | None = None,
   capture: tuple[str, ...] = (),
   experts: Int[Array, 'B T L K'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
@@ -88,7 +95,8 @@ def read_states(
     params: its parameters.
     tokens: prompt and completion.
     valid: True on real tokens.
-    packing: layout of the call.
+    packing: layout of the call; a model that reads no prefix reads shared
+      prompts with each row.
     capture: names of states of the layers, see `postrain.types.InternalsFn`.
     experts: that each token visits; where negative the router chooses.
 
@@ -98,7 +106,12 @@ def read_states(
   if experts is not None:
     experts = jnp.where(valid[..., None, None], experts, -1)
   positions, segment_ids = token_positions(valid), valid.astype(jnp.int32)
-  if packing is not None:
+  if isinstance(packing, SharedPrompts) and model.reads_prefix:
+    return _behind_prompts(
+      model, params, packing, capture,
+      (tokens, positions, segment_ids, experts),
+    )  # fmt: skip
+  if isinstance(packing, Packing):
     positions, segment_ids = packing.positions, packing.segment_ids
     tokens, experts = jax.tree.map(
       lambda x: x.reshape(-1, *x.shape[2:])[packing.source], (tokens, experts)
@@ -107,7 +120,7 @@ def read_states(
     model, params, tokens, positions=positions, segment_ids=segment_ids,
     experts=experts, capture=capture,
   )  # fmt: skip
-  if packing is None:
+  if not isinstance(packing, Packing):
     return hidden, captured
 
   def unpacked(x: Array) -> Array:
@@ -119,13 +132,46 @@ def read_states(
   }
 
 
+def _behind_prompts(
+  model: Model, params: Params, shared: SharedPrompts,
+  capture: tuple[str, ...], rows: tuple,
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+  """`read_states` of completions that read the cache of their prompt."""
+
+  def run(rows: tuple, cache: Cache) -> tuple[Any, ...]:
+    tokens, positions, segment_ids, experts = rows
+    return forward(
+      model, params, tokens, positions=positions, segment_ids=segment_ids,
+      cache=cache, experts=experts, capture=capture,
+    )  # fmt: skip
+
+  def first_of_group(x: Array) -> Array:
+    groups = x.reshape(-1, shared.num_samples, *x.shape[1:])
+    return groups[:, 0, : shared.length]
+
+  def joined(prompt: Array, completion: Array, axis: int = 0) -> Array:
+    prompt = jnp.repeat(prompt, shared.num_samples, axis=axis)
+    return jnp.concatenate([prompt, completion], axis=axis + 1)
+
+  prompts = jax.tree.map(first_of_group, rows)
+  states, prefix, shown = run(prompts, model.empty_cache(*prompts[0].shape))
+  completions = jax.tree.map(lambda x: x[:, shared.length :], rows)
+  hidden, _, captured = run(
+    completions, model.empty_cache(len(completions[0]), 0, prefix)
+  )
+  return joined(states, hidden), {
+    name: joined(shown[name], x, 0 if name == 'experts' else 1)
+    for name, x in captured.items()
+  }
+
+
 def routed_states(
   model: Model,
   params: Params,
   tokens: Int[Array, 'B T'],
   valid: Bool[Array, 'B T'],
   mask: Bool[Array, 'B T'],
-  packing: Packing | None = None,
+  packing: Packing | SharedPrompts | None = None,
   *,
   experts: Int[Array, 'B T L K'] | None = None,
   record: bool = False,
@@ -194,7 +240,7 @@ def hidden_states(
   tokens: Int[Array, 'B T'],
   valid: Bool[Array, 'B T'],
   mask: Bool[Array, 'B T'],
-  packing: Packing | None = None,
+  packing: Packing | SharedPrompts | None = None,
 ) -> Float[Array, 'B T D']:
   """Hidden states aligned with the tokens that they predict.
 
@@ -210,15 +256,24 @@ def map_logits(
   hidden: Float[Array, 'B T D'],
   *arrays: Array,
   chunk_size: int,
+  packing: Packing | SharedPrompts | None = None,
 ) -> Any:
-  """Map a per-token function of logits over chunks of time."""
-  return map_time_chunks(
+  """Map a per-token function of logits over chunks of time.
+
+  Where ``packing`` tells slots of prompts, nothing is asked for there: 0.
+  """
+  start = packing.length if isinstance(packing, SharedPrompts) else 0
+  figures = map_time_chunks(
     fn,
     lambda h: model.unembed(params, h),
-    hidden,
-    *arrays,
+    *(x[:, start:] for x in (hidden, *arrays)),
     chunk_size=chunk_size,
   )
+
+  def behind_prompt(x: Array) -> Array:
+    return jnp.pad(x, [(0, 0), (start, 0)] + [(0, 0)] * (x.ndim - 2))
+
+  return jax.tree.map(behind_prompt, figures)
 
 
 def score(
@@ -231,7 +286,7 @@ def score(
   temperature: Scalar = 1.0,
   chunk_size: int = 128,
   num_slices: int = 1,
-  packing: Packing | None = None,
+  packing: Packing | SharedPrompts | None = None,
   experts: Int[Array, 'B T L K'] | None = None,
   record_routing: bool = False,
 ) -> Scores:
@@ -247,7 +302,8 @@ def score(
     chunk_size: time positions whose logits exist at once.
     num_slices: slices of the batch that run one after the other; it must
       divide B.
-    packing: layout made for the same ``num_slices`` and units of one row.
+    packing: layout made for the same ``num_slices`` and units of one row, or
+      that of prompts which groups share; no figures of prompts are wanted then.
     experts: that each token visits; where negative the router chooses.
     record_routing: also return the experts that the routers select.
 
@@ -276,8 +332,9 @@ def score(
       )  # fmt: skip
 
     scores = map_logits(
-      figures, model, params, hidden, tokens, chunk_size=chunk_size
-    )
+      figures, model, params, hidden, tokens, chunk_size=chunk_size,
+      packing=packing,
+    )  # fmt: skip
     scores = jax.tree.map(lambda x: jnp.where(mask, x, 0), scores)
     if not record_routing:
       return scores
@@ -285,18 +342,24 @@ def score(
     return scores._replace(experts=found)
 
   return in_slices(
-    score_slice, (tokens, valid, mask, packing, experts), num_slices
+    score_slice,
+    (tokens, valid, mask, packing, experts),
+    num_slices,
+    together(packing),
   )
 
 
-def in_slices(fn: Callable[[Any], Any], tree: Any, num_slices: int) -> Any:
-  """Map over strided slices of the leading axis, one after the other."""
+def in_slices(
+  fn: Callable[[Any], Any], tree: Any, num_slices: int, unit_size: int = 1
+) -> Any:
+  """Map over strided slices of whole units, one after the other."""
   if num_slices == 1:
     return fn(tree)
   leaves, structure = jax.tree.flatten(tree)
   return join(
     jax.lax.map(
       lambda piece: fn(jax.tree.unflatten(structure, piece)),
-      cut(leaves, num_slices),
-    )
+      cut(leaves, num_slices, unit_size),
+    ),
+    unit_size,
   )

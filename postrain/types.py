@@ -106,6 +106,8 @@ class Model:
     serving: params -> the same in the form that is fastest to read over and
       over, once a token; ``hidden``, ``internals`` and ``unembed`` take both.
       None where there is one form.
+    reads_prefix: whether rows of ``hidden`` may read a prefix behind which
+      nothing is kept, ``empty_cache(B, 0, prefix)``, with its gradient.
     normalize: (params, residual) -> hidden, the final norm, so that
       unembed(normalize(residual[l])) is the policy of layer l.
     num_experts: of each layer; 0 where the network is dense.
@@ -121,6 +123,7 @@ class Model:
   logical_axes: Callable[[], Params] | None = None
   internals: InternalsFn | None = None
   serving: Callable[[Params], Params] | None = None
+  reads_prefix: bool = False
   normalize: Callable[[Params, Array], Array] | None = None
   num_experts: int = 0
   kernels: Callable[[], dict[Path, tuple[int, int]]] | None = None
@@ -176,7 +179,8 @@ class Batch:
     weights: for each term of the objective its normaliser as an array: a term
       is sum(weights * values).
     arrays: inputs of losses by vocabulary name.
-    packing: optional layout of the model call, see `postrain.batches.pack`.
+    packing: optional layout of the model call: see `postrain.batches.pack`, or
+      prompts that are read once for all rows of their group.
     unit_size: rows that a loss couples (1: sequences; 2: pairs; G: groups).
   """
 
@@ -185,7 +189,7 @@ class Batch:
   mask: Bool[Array, 'B T']
   weights: dict[str, Array]
   arrays: dict[str, Array]
-  packing: 'Packing | None' = None
+  packing: 'Packing | SharedPrompts | None' = None
   unit_size: int = flax.struct.field(pytree_node=False, default=1)
 
 
@@ -212,6 +216,21 @@ class Packing:
   slot: Int[Array, 'B T']
   num_slices: int = flax.struct.field(pytree_node=False, default=1)
   unit_size: int = flax.struct.field(pytree_node=False, default=1)
+
+
+@flax.struct.dataclass
+class SharedPrompts:
+  """Neighbouring rows begin with the same prompt, which the model reads once.
+
+  No figures of the prompts themselves are asked for.
+
+  Attributes:
+    length: slots of the prompt, before those of the completions.
+    num_samples: rows that share it.
+  """
+
+  length: int = flax.struct.field(pytree_node=False)
+  num_samples: int = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass

@@ -24,7 +24,7 @@ from postrain.models.transformer import Config, transformer
 from postrain.models.wrap import plain
 from postrain.scoring import score
 from postrain.train_step import accumulate, finish
-from postrain.types import Batch
+from postrain.types import Batch, SharedPrompts
 
 ROWS, LENGTH, VOCAB = 8, 10, 11
 QUICKLY = {'xla_backend_optimization_level': 0}  # for the compiler
@@ -159,11 +159,13 @@ def minibatch(dtype):
   """
   draw = np.random.default_rng(1)
   slots = np.arange(LENGTH)[None]
-  starts = np.array([0, 2, 1, 3, 0, 2, 2, 1])[:, None]
+  starts = np.array([0, 0, 2, 2, 3, 3, 1, 1])[:, None]
   stops = np.array([10, 7, 9, 5, 6, 10, 4, 8])[:, None]
   valid = (slots >= starts) & (slots < stops)
   mask = valid & (slots >= 4)
-  tokens = jnp.asarray(draw.integers(VOCAB, size=(ROWS, LENGTH)), jnp.int32)
+  tokens = draw.integers(VOCAB, size=(ROWS, LENGTH))
+  tokens[1::2, :4] = tokens[::2, :4]  # two rows of a prompt
+  tokens = jnp.asarray(tokens, jnp.int32)
   valid, mask = jnp.asarray(valid), jnp.asarray(mask)
   model, _, params = networks(dtype)
   logprobs = score(model, params['actor'], tokens, valid, mask).logprobs
@@ -306,6 +308,11 @@ def packed(batch, num_slices):
   return dataclasses.replace(batch, packing=packing)
 
 
+def shared(batch):
+  layout = SharedPrompts(length=4, num_samples=2)
+  return dataclasses.replace(batch, packing=layout, unit_size=2)
+
+
 LAYOUTS = {  # change of the batch, number of micro-batches
   'micro-batches 2': (lambda batch: batch, 2),
   'micro-batches 4': (lambda batch: batch, 4),
@@ -314,6 +321,8 @@ LAYOUTS = {  # change of the batch, number of micro-batches
   'padding columns': (padding_columns, 1),
   'permuted': (permuted, 1),
   'permuted, micro-batches 2': (permuted, 2),
+  'shared prompts': (shared, 1),
+  'shared prompts, micro-batches 2': (shared, 2),
   'packed': (functools.partial(packed, num_slices=1), 1),
   'packed, micro-batches 2': (functools.partial(packed, num_slices=2), 2),
 }

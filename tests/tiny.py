@@ -56,6 +56,7 @@ def sort() -> ConfigDict:
     name='task', task=dict(name='sort', vocab_size=5, length=3)
   )
   config.model = dict(name='sort_policy', embed_dim=4)
+  config.rl.share_prompts = False
   config.rewards = dict(
     ordering=dict(name='inclusion_ordering', weight=1.0),
     exact=dict(name='exact', weight=0.5),

@@ -192,6 +192,7 @@ def transformer(config: Config) -> Model:
     logical_axes=logical_axes,
     internals=internals,
     serving=lambda params: serving(config, params),
+    reads_prefix=True,
     normalize=normalize,
     num_experts=config.num_experts,
     kernels=kernels,
