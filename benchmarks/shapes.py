@@ -1,7 +1,7 @@
 """The sizes that are measured, and the configs of a run of each.
 
-Decoders in the style of Qwen2 with a tied embedding, in float32, on 8 prompts of
-8 completions, each as long as it may be. Nothing but the standard library is
+Decoders in the style of Qwen2 with a tied embedding, in float32, on 8 prompts
+of 8 completions, each as long as it may be. Nothing but the standard library is
 imported with this file: the programs of other libraries read it too.
 """
 

@@ -6,6 +6,7 @@ Run by `benchmarks/peers/run.py`; see `benchmarks.peers.protocol`.
 import dataclasses
 import json
 import os
+import time
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def paced(
   def pace(draw: Any) -> Any:
     def next_rows(number: int, *sizes: Any) -> Any:
       if number:
-        protocol.session().answer(**_losses(), **tokens)
+        protocol.session().answer(**_written(), **tokens)
       return draw(number, *sizes)
 
     return next_rows
@@ -71,13 +72,24 @@ def paced(
   )  # fmt: skip
 
 
-def _losses() -> dict[str, Any]:
-  """Of the supervised steps so far, as the run has written them."""
+def _written() -> dict[str, Any]:
+  """Wall seconds of the last step's phases, and all losses."""
   given = protocol.options()
+  phases = _lines(given.workdir, 'timings')[-1]
+  found = {
+    name.removeprefix('seconds/'): value
+    for name, value in phases.items()
+    if name.startswith('seconds/') and name != 'seconds/total'
+  }
   if given.job != 'sft':
-    return {}
-  with open(os.path.join(given.workdir, 'metrics.jsonl')) as lines:
-    return {'losses': [json.loads(line)['loss'] for line in lines]}
+    return {'phases': found}
+  losses = [row['loss'] for row in _lines(given.workdir, 'metrics')]
+  return {'phases': found, 'losses': losses}
+
+
+def _lines(folder: str, name: str) -> list[dict[str, Any]]:
+  with open(os.path.join(folder, f'{name}.jsonl'), encoding='utf-8') as lines:
+    return [json.loads(line) for line in lines]
 
 
 def initial(trainer: Trainer) -> Any:
@@ -152,13 +164,18 @@ def dpo(trainer: Trainer, given: Any) -> None:
   state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
   found = []
   while True:
-    prepared = prepare(reference, batch)
+    times = [time.perf_counter()]
+    prepared = jax.block_until_ready(prepare(reference, batch))
+    times.append(time.perf_counter())
     if not found:
       likely = prepared.arrays['ref_logprobs'].sum(-1).reshape(-1, 2)
     state, metrics = update(state, prepared)
     found.append(finish(jax.device_get(metrics))['loss'])
+    times.append(time.perf_counter())
     protocol.session().answer(
-      losses=found, pair_logprobs=likely.mean(0).tolist()
+      losses=found,
+      pair_logprobs=likely.mean(0).tolist(),
+      phases={'score': times[1] - times[0], 'update': times[2] - times[1]},
     )
 
 

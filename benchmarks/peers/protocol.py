@@ -38,7 +38,7 @@ class Session:
   def __init__(self) -> None:
     self._pipe = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what a library prints is no answer
-    self._cpu, self._start = 0.0, time.perf_counter()
+    self._cpu, self._system, self._start = 0.0, 0.0, time.perf_counter()
 
   def answer(self, **figures: Any) -> None:
     """Report a step and wait for the next; the process may end here.
@@ -47,12 +47,18 @@ class Session:
     an answer belongs to the next one.
     """
     cpu, now = time.process_time(), time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    spent = dict(cpu=cpu - self._cpu, wall=now - self._start, peak_mib=peak)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    spent = {
+      'cpu': cpu - self._cpu,
+      'system': usage.ru_stime - self._system,  # of it; fresh pages, mostly
+      'wall': now - self._start,
+      'peak_mib': usage.ru_maxrss / 1024,
+    }
     print(json.dumps(spent | figures), file=self._pipe, flush=True)
     if sys.stdin.readline() != 'step\n':
       os._exit(0)  # also from a thread, and without a last checkpoint
-    self._cpu, self._start = cpu, time.perf_counter()
+    self._cpu, self._system = cpu, usage.ru_stime
+    self._start = time.perf_counter()
 
 
 @functools.cache

@@ -5,10 +5,10 @@ from typing import Any
 from datasets import Dataset
 import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
+import trl
 
 from benchmarks.peers import hf, protocol
 from benchmarks.shapes import BETA, DPO_BETA, LEARNING_RATE
-import trl
 
 tokens = {}
 

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from transformers import PreTrainedTokenizerFast
-
-from benchmarks.peers import protocol
-from benchmarks.shapes import BETA, EOS, LEARNING_RATE, PAD
 from tunix.generate import sampler
-from tunix.models.qwen2 import model as qwen2, params
+from tunix.models.qwen2 import model as qwen2
+from tunix.models.qwen2 import params
 from tunix.rl import common, rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
+
+from benchmarks.peers import protocol
+from benchmarks.shapes import BETA, EOS, LEARNING_RATE, PAD
 
 tokens = {}
 
