@@ -52,6 +52,12 @@ def test_a_missing_interpreter_is_named_with_the_remedy():
   assert driver.interpreters(['ours'], '') == {'ours': sys.executable}
 
 
+@pytest.mark.parametrize(('rounds', 'sides'), [(0, ['ours']), (3, [])])
+def test_nothing_to_measure_is_refused(rounds, sides):
+  with pytest.raises(ValueError, match=rf'sft with rounds={rounds} and'):
+    driver.measure('sft', 'tiny', sides, peers='', rounds=rounds)
+
+
 def test_a_side_that_fails_is_quoted(tmp_path):
   worker = driver.Worker(
     sys.executable, 'protocol_of_nobody', 'sft', 'tiny', str(tmp_path), 1

@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.peers import material
 from benchmarks.shapes import SHAPES, Shape
+from postrain.workdir import commit
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PEERS = {
@@ -96,6 +97,7 @@ def interpreters(sides: Sequence[str], peers: str) -> dict[str, str]:
       ' run `make peers`, or name one that has them with --python or in'
       ' POSTRAIN_PEERS; --sides=ours needs none'
     )
+  peers = os.path.abspath(peers)  # the sides run in the root
   return {side: sys.executable if side == 'ours' else peers for side in sides}
 
 
@@ -175,6 +177,11 @@ def measure(
   Raises:
     ValueError: an interpreter is missing, a side fails, or sides disagree.
   """
+  if rounds < 1 or not sides:
+    raise ValueError(
+      f'{job} with rounds={rounds} and sides={list(sides)}: take at least one'
+      ' round and a side that does this job'
+    )
   shape, pythons = SHAPES[shape_name], interpreters(sides, peers)
   where = f'{job} {shape_name}, {micro_batches} micro-batches'
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -202,7 +209,7 @@ def measure(
     agree(where, {side: each[-1] for side, each in steps.items()}, shape)
   return {
     'job': job, 'shape': shape_name, 'micro_batches': micro_batches,
-    'machine': machine(), 'gaps': gaps,
+    'commit': commit(), 'machine': machine(), 'gaps': gaps,
     'sides': {
       side: {
         'versions': ready[side]['versions'],
