@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # An environment may serve several clones: each leaves a mark of its own.
 MARK := $(ENVIRONMENT)/postrain$(subst /,-,$(CURDIR))
 
-.PHONY: help quickstart test test-all lint types torch bench
+.PHONY: help quickstart test test-all lint types torch bench peers
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -38,6 +38,13 @@ types: $(MARK).test  ## check types
 
 bench: $(MARK).run  ## every side-by-side measurement
 	set -e; for program in benchmarks/*.py; do $(BIN)/python $$program; done
+
+peers: .peers/installed  ## other libraries, for benchmarks/peers/run.py
+
+.peers/installed: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .peers
+	.peers/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
 
 torch: $(MARK).test
 	$(if $(TORCH),$(PIP) $(TORCH))
