@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
         num_minibatches=1,
         num_micro_batches=1,
         num_score_slices=1,
+        rescore=True,
         share_prompts=True,
         optimizer=adamw(learning_rate=1e-3),
       ),

@@ -53,6 +53,7 @@ def check_assembly(
   if recipe.rl.num_iterations:
     _check_groups(recipe)
     _check_kl(recipe)
+    _check_rescoring(recipe)
     rows = recipe.rl.num_prompts * recipe.sampling.num_samples
     micro = rows // recipe.rl.num_minibatches // recipe.rl.num_micro_batches
     _check_shards('rl.num_prompts', recipe.rl.num_prompts, shards)
@@ -163,6 +164,29 @@ def _check_kl(recipe: Recipe) -> None:
     raise ValueError(
       'kl.estimator k1 with kl.loss_coef: the expected gradient of k1 in the'
       ' loss is 0, it only adds noise; take k2 or k3 there, or kl.reward_coef'
+    )
+
+
+def _check_rescoring(recipe: Recipe) -> None:
+  """Without old log-probs of their own, those of the one update are the old.
+
+  The ratio is then 1 and its gradient that of the log-prob, as it is anyway in
+  the first update after a rollout.
+  """
+  if recipe.rl.rescore:
+    return
+  replay = recipe.routing.replay
+  reasons = {
+    'rl.num_epochs': recipe.rl.num_epochs > 1,
+    'rl.num_minibatches': recipe.rl.num_minibatches > 1,
+    'kl.reward_coef': recipe.kl.reward_coef is not None,
+    'correction': recipe.correction is not None,
+    f'routing.replay={replay!r}': replay == 'old',
+  }
+  if needing := [name for name, needs in reasons.items() if needs]:
+    raise ValueError(
+      f'rl.rescore=False with {", ".join(needing)}, which needs the log-probs'
+      ' of the rollout before the update: set rl.rescore=True'
     )
 
 

@@ -44,6 +44,18 @@ def masked_mean(values: Array, mask: Array) -> Mean:
   return Mean(jnp.where(mask, values, 0).sum(), mask.sum(dtype=jnp.float32))
 
 
+def sampler_gap(plain: Array, sampled: Array, mask: Array) -> Metrics:
+  """How far the learner's log-probs of the plain model are from the sampler's.
+
+  Both at temperature 1 and without filters.
+  """
+  gap = jnp.where(mask, jnp.abs(plain - sampled), 0)
+  return {
+    'sampler/logprob_gap_max': Max(gap.max()),
+    'sampler/logprob_gap': masked_mean(gap, mask),
+  }
+
+
 def policy_gradient(
   model: Model,
   *,
@@ -94,7 +106,7 @@ def policy_gradient(
   ) -> tuple[Array, Metrics]:
     del frozen
     mask, weights = batch.mask, batch.weights
-    logprobs, entropy, routing = _policy_figures(
+    logprobs, entropy, routing, plain = _policy_figures(
       model,
       params['actor'],
       batch,
@@ -103,7 +115,9 @@ def policy_gradient(
       entropy_coef is not None,
       balance_coef is not None or 'experts' in batch.arrays,
     )
-    arrays = {**batch.arrays, 'mask': mask, 'logprobs': logprobs}
+    old = jax.lax.stop_gradient(logprobs)  # where none was scored before
+    arrays = {'old_logprobs': old, **batch.arrays}
+    arrays |= {'mask': mask, 'logprobs': logprobs}
     values, figures = call_by_name(loss, arrays)
     total = jnp.sum(weights['policy'] * values)
     metrics: Metrics = {'loss/policy': Sum(jax.lax.stop_gradient(total))}
@@ -111,6 +125,8 @@ def policy_gradient(
     metrics['policy/entropy'] = masked_mean(
       jax.lax.stop_gradient(entropy), mask
     )
+    if 'plain_logprobs' in batch.arrays:
+      metrics |= sampler_gap(plain, batch.arrays['plain_logprobs'], mask)
     if entropy_coef is not None:
       bonus = jnp.sum(weights['entropy'] * jnp.where(mask, entropy, 0))
       total -= entropy_coef * bonus
@@ -153,7 +169,7 @@ def supervised(
     params: dict[str, Params], frozen: dict[str, Params], batch: Batch
   ) -> tuple[Array, Metrics]:
     del frozen
-    logprobs, _, routing = _policy_figures(
+    logprobs, _, routing, _ = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False,
       balance_coef is not None,
     )  # fmt: skip
@@ -261,24 +277,33 @@ def _pair_arrays(
 def _policy_figures(
   model: Model, params: Params, batch: Batch, temperature: Any,
   chunk_size: int, entropy_gradient: bool, record: bool = False,
-) -> tuple[Array, Array, dict[str, Array]]:  # fmt: skip
-  """Log-probs, entropy and routing of the batch's tokens, in one pass."""
+) -> tuple[Array, Array, dict[str, Array], Array]:  # fmt: skip
+  """Log-probs, entropy, routing and plain log-probs, in one pass.
+
+  The last are without gradient and at temperature 1.
+  """
   hidden, routing = routed_states(
     model, params, batch.tokens, batch.valid, batch.mask, batch.packing,
     experts=batch.arrays.get('experts'), record=record,
   )  # fmt: skip
 
-  def figures(logits: Array, tokens: Array) -> tuple[Array, Array]:
-    logprobs = token_logprobs(logits, tokens, temperature=temperature)
-    if not entropy_gradient:
-      logits = jax.lax.stop_gradient(logits)
-    return logprobs, token_entropy(logits, temperature=temperature)
+  same = isinstance(temperature, int | float) and temperature == 1
 
-  logprobs, entropy = map_logits(
+  def figures(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
+    logprobs = token_logprobs(logits, tokens, temperature=temperature)
+    fixed = jax.lax.stop_gradient(logits)
+    plain = jax.lax.stop_gradient(logprobs)
+    if not same and 'plain_logprobs' in batch.arrays:
+      plain = token_logprobs(fixed, tokens)
+    logits = logits if entropy_gradient else fixed
+    entropy = token_entropy(logits, temperature=temperature)
+    return logprobs, entropy, plain
+
+  logprobs, entropy, plain = map_logits(
     figures, model, params, hidden, batch.tokens, chunk_size=chunk_size,
     packing=batch.packing,
   )  # fmt: skip
-  return logprobs, entropy, routing
+  return logprobs, entropy, routing, plain
 
 
 def _balance_term(

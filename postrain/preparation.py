@@ -14,7 +14,6 @@ from postrain.recipe import Recipe
 from postrain.scoring import Scores, rerouted, score
 from postrain.types import (
   Batch,
-  Max,
   Mean,
   Metrics,
   Model,
@@ -67,31 +66,21 @@ def make_prepare(
     shared = None
     if recipe.rl.share_prompts:
       shared = SharedPrompts(prompts.shape[1], recipe.sampling.num_samples)
-    replay = recipe.routing.replay
-    scores = score_fn(
-      params['actor'], tokens, valid, mask, packing=shared,
-      experts=samples.experts if replay == 'sampler' else None,
-      record_routing=replay == 'old' or samples.experts is not None,
-    )  # fmt: skip
-    arrays = {
-      'old_logprobs': scores.logprobs,
-      'sampler_logprobs': behind_prompt(prompts, samples.sampler_logprobs),
-    }
-    if replay is not None:
-      arrays['experts'] = (scores if replay == 'old' else samples).experts
-    gap = jnp.abs(
-      scores.model_logprobs - behind_prompt(prompts, samples.model_logprobs)
+    score_rows = functools.partial(
+      score_fn, tokens=tokens, valid=valid, mask=mask, packing=shared
+    )
+    arrays, metrics, columns = _with_old(
+      recipe, score_rows, params['actor'], samples, mask
     )
     informative = masks.informative_groups(rewards)  # before any KL
-    metrics = _sampler_metrics(scores, samples, gap, mask)
     if uses_reference(recipe):
       reference = rejoined(ref_params, bases(params['actor']))
-      ref = score_fn(reference, tokens, valid, mask, packing=shared)
-      arrays['ref_logprobs'] = ref.logprobs
-      figures = {'logprobs': scores.logprobs, 'ref_logprobs': ref.logprobs}
+      arrays['ref_logprobs'] = score_rows(reference).logprobs
+    if uses_reference(recipe) and recipe.rl.rescore:
+      figures = {**arrays, 'logprobs': arrays['old_logprobs'], 'mask': mask}
       metrics |= _reference_metrics(figures, mask)
       if recipe.kl.reward_coef is not None:
-        penalty = call_by_name(estimator, {**figures, 'mask': mask})
+        penalty = call_by_name(estimator, figures)
         if 'mask' in asked(advantage):  # along tokens: each pays for itself
           arrays['penalties'] = recipe.kl.reward_coef * penalty
         else:
@@ -111,9 +100,43 @@ def make_prepare(
       rollout, advantage=advantage, trained=trained, signals=signals,
       shared=shared,
     )  # fmt: skip
-    return batch, metrics, _columns(batch, gap)
+    return batch, metrics, columns | {'advantage': _mean_advantages(batch)}
 
   return prepare
+
+
+def _with_old(
+  recipe: Recipe, score_rows: Callable[..., Scores], params: Params,
+  samples: Samples, mask: Any,
+) -> tuple[dict[str, Any], Metrics, dict[str, Any]]:  # fmt: skip
+  """The sampler's log-probs, the learner's for the same tokens, their gap.
+
+  Returns:
+    Arrays of the batch, figures, and figures of each completion.
+  """
+
+  def behind(values: Any) -> Any:
+    return jnp.pad(values, ((0, 0), (mask.shape[1] - values.shape[1], 0)))
+
+  replay = recipe.routing.replay
+  arrays = {'sampler_logprobs': behind(samples.sampler_logprobs)}
+  plain = behind(samples.model_logprobs)
+  if replay == 'sampler':
+    arrays['experts'] = samples.experts
+  if not recipe.rl.rescore:  # the update measures the gap
+    return {**arrays, 'plain_logprobs': plain}, {}, {}
+  scores = score_rows(
+    params,
+    experts=samples.experts if replay == 'sampler' else None,
+    record_routing=replay == 'old' or samples.experts is not None,
+  )
+  arrays['old_logprobs'] = scores.logprobs
+  if replay == 'old':
+    arrays['experts'] = scores.experts
+  gap = jnp.abs(scores.model_logprobs - plain)
+  largest = jnp.where(mask, gap, 0).max(-1)
+  metrics = _sampler_metrics(scores, samples, plain, mask)
+  return arrays, metrics, {'logprob_gap': largest}
 
 
 def join_prompts(
@@ -124,23 +147,16 @@ def join_prompts(
   repeat = functools.partial(jnp.repeat, repeats=num_samples, axis=0)
   tokens = jnp.concatenate([repeat(prompts), samples.tokens], axis=1)
   valid = jnp.concatenate([repeat(prompt_mask), samples.mask], axis=1)
-  return tokens, valid, behind_prompt(prompts, samples.mask)
-
-
-def behind_prompt(prompts: Any, values: Any) -> Any:
-  """Move per-token figures of completions behind the prompt's slots."""
-  return jnp.pad(values, ((0, 0), (prompts.shape[1], 0)))
+  mask = jnp.pad(samples.mask, ((0, 0), (prompts.shape[1], 0)))
+  return tokens, valid, mask
 
 
 def _sampler_metrics(
-  scores: Scores, samples: Samples, gap: Any, mask: Any
+  scores: Scores, samples: Samples, plain: Any, mask: Any
 ) -> Metrics:
   """How sampler and learner differ, in log-probs and in routing."""
-  metrics: Metrics = {
-    'sampler/logprob_gap_max': Max(jnp.where(mask, gap, 0).max()),
-    'sampler/logprob_gap': objectives.masked_mean(gap, mask),
-    'sampler/entropy': objectives.masked_mean(scores.entropy, mask),
-  }
+  metrics = objectives.sampler_gap(scores.model_logprobs, plain, mask)
+  metrics['sampler/entropy'] = objectives.masked_mean(scores.entropy, mask)
   if samples.experts is not None and scores.experts is not None:
     moved = rerouted(samples.experts, scores.experts)
     known = (samples.experts >= 0).all((-2, -1))
@@ -165,12 +181,10 @@ def _penalized(coef: Scalar, rewards: Any, penalty: Any, mask: Any) -> Any:
   ).reshape(rewards.shape)
 
 
-def _columns(batch: Batch, gap: Any) -> dict[str, Any]:
-  """Figures of each completion, for the sample files."""
+def _mean_advantages(batch: Batch) -> Any:
+  """Of each completion, for the sample files."""
   lengths = jnp.maximum(batch.mask.sum(-1, dtype=jnp.float32), 1)
-  advantages = batch.arrays['advantages'].sum(-1) / lengths
-  largest = jnp.where(batch.mask, gap, 0).max(-1)
-  return {'advantage': advantages, 'logprob_gap': largest}
+  return batch.arrays['advantages'].sum(-1) / lengths
 
 
 def _trained_tokens(recipe: Recipe, rollout: Rollout, informative: Any) -> Any:

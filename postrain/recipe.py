@@ -37,6 +37,7 @@ class Reinforcement:
   num_minibatches: int  # optimiser steps of a pass
   num_micro_batches: int  # slices of an optimiser step
   num_score_slices: int
+  rescore: bool  # old log-probs have a pass of their own; see `checks`
   share_prompts: bool  # the model reads a prompt once for all its completions
   optimizer: Block
 
