@@ -65,7 +65,10 @@ def token_entropy(
   normalizer = _normalizer(logits)
   probs = jnp.exp(logits - normalizer[..., None])
   scores = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # 0 x inf is nan
-  return normalizer - jnp.sum(probs * scores, axis=-1)
+  # The select is for XLA's CPU, whose kernel for a sum of products is slow
+  # on the short rows of a small vocabulary (benchmarks/device_loop.py).
+  terms = jnp.where(probs > 0, probs * scores, 0)
+  return normalizer - jnp.sum(terms, axis=-1)
 
 
 def kept_token_logprobs(
