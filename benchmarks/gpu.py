@@ -5,8 +5,8 @@
 Random weights; bfloat16 in sampling and scoring, float32 parameters with
 bfloat16 activations in training. Each model gives a table and a JSON file under
 `benchmarks/results`. A phase that fails, for want of memory say, is reported
-with its error, and the others go on. `--shapes=miniature` runs all of it on a
-CPU in a minute, for a look at the program and not for its figures.
+with its error, and the others go on. On a CPU it runs `--shapes=miniature`, for
+a look at the program and not for its figures.
 
 - Peaks are measured (a product, a copy) and stand beside the datasheet's.
 - Decoding is a long sampling less one of a single token, over its steps. Bytes
@@ -296,7 +296,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--shapes', nargs='*', help='of the models; all if none')
+  parser.add_argument('--shapes', nargs='*', help='of the models')
   parser.add_argument('--batch', type=int, default=256, help='when sampling')
   parser.add_argument('--update_batch', type=int, default=16)
   parser.add_argument('--samples', type=int, default=8, help='of each prompt')
@@ -325,7 +325,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, value in cache.items():
       jax.config.update(name, value)
-    for name in flags.shapes or SHAPES:
+    default = MINIATURE if jax.default_backend() == 'cpu' else SHAPES
+    for name in flags.shapes or default:
       small = name in MINIATURE
       used = Sizes(4, 2, 2, 6, 5, 4, 1, product=64) if small else sizes
       result = measure(name, known[name], used)
