@@ -1,5 +1,6 @@
 """The benchmarks: what they cover, and that they compare equals."""
 
+import jax
 import numpy as np
 import pytest
 from tiny import quick_compiler as quick_compiler
@@ -72,7 +73,9 @@ SIZES = gpu_shapes.Sizes(4, 2, 2, 6, 5, 4, 1, product=64)
 
 @pytest.mark.slow
 def test_a_model_is_measured_on_any_device(kept_caches, capsys):
-  result = gpu.measure('tiny', gpu_shapes.MINIATURE['miniature'], SIZES)
+  # JAX's own attention mixes types in its bfloat16 gradient.
+  with jax.numpy_dtype_promotion('standard'):
+    result = gpu.measure('tiny', gpu_shapes.MINIATURE['miniature'], SIZES)
   assert 'error' not in str(result)
   assert all(value > 0 for value in result['step_s'].values())
   gpu.show(result)
