@@ -80,9 +80,9 @@ SIZES = gpu_shapes.Sizes(4, 2, 2, 6, 5, 4, 1, product=64)
 @pytest.mark.slow
 def test_a_model_is_measured_on_any_device(tmp_path):
   """In a process of its own: lowering fails under checked signatures."""
+  flags = '--shapes=miniature', f'--results={tmp_path}'
   done = subprocess.run(
-    [sys.executable, 'benchmarks/gpu.py', '--shapes=miniature']
-    + [f'--results={tmp_path}'],
+    [sys.executable, 'benchmarks/gpu.py', *flags],
     cwd=ROOT, capture_output=True, text=True, check=True,
   )  # fmt: skip
   result = json.loads((tmp_path / 'gpu-miniature.json').read_text())
