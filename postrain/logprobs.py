@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import logsumexp
 import jax.numpy as jnp
 from jaxtyping import Float, Int, PyTree, Shaped
@@ -40,8 +41,7 @@ def token_logprobs(
   Returns:
     Log-probabilities, at most 0.
   """
-  logits = _scaled(logits, temperature)
-  return _at(logits, tokens) - logsumexp(logits, axis=-1)
+  return _log_softmax_at(_scaled(logits, temperature), tokens)
 
 
 def token_entropy(
@@ -62,10 +62,13 @@ def token_entropy(
     Entropies in [0, log V].
   """
   logits = _scaled(logits, temperature)
-  normalizer = logsumexp(logits, axis=-1)
+  normalizer = _normalizer(logits)
   probs = jnp.exp(logits - normalizer[..., None])
-  scores = jnp.where(jnp.isneginf(logits), 0, logits)
-  return normalizer - jnp.sum(probs * scores, axis=-1)
+  scores = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # 0 x inf is nan
+  # The select is for XLA's CPU, whose kernel for a sum of products is slow
+  # on the short rows of a small vocabulary (benchmarks/device_loop.py).
+  terms = jnp.where(probs > 0, probs * scores, 0)
+  return normalizer - jnp.sum(terms, axis=-1)
 
 
 def kept_token_logprobs(
@@ -144,8 +147,8 @@ def map_time_chunks(
       ' may exist at once, 1 or more (512 suits most models)'
     )
   batch, length = hidden.shape[:2]
-  size = min(chunk_size, length)
-  padding = -length % size
+  size = -(-length // max(-(-length // chunk_size), 1))  # of equal chunks
+  padding = -length % max(size, 1)
 
   def cut(array: Array) -> Array:
     widths = [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2)
@@ -163,7 +166,8 @@ def map_time_chunks(
 
   chunks = jax.tree.map(cut, (hidden, *arrays))
   # The scan already keeps the two computations of a chunk apart.
-  chunk = jax.checkpoint(chunk, prevent_cse=False)
+  policy = jax.checkpoint_policies.save_only_these_names('normalizer')
+  chunk = jax.checkpoint(chunk, prevent_cse=False, policy=policy)
   return jax.tree.map(join, jax.lax.map(chunk, chunks))
 
 
@@ -173,6 +177,29 @@ def _scaled(logits: Array, temperature: Scalar) -> Array:
   logits = logits / temperature
   largest = jnp.max(logits, axis=-1, keepdims=True)
   return logits - jax.lax.stop_gradient(largest)
+
+
+@jax.custom_jvp
+def _log_softmax_at(logits: Array, tokens: Array) -> Array:
+  return _at(logits, tokens) - _normalizer(logits)
+
+
+@_log_softmax_at.defjvp
+def _log_softmax_at_jvp(primals: tuple, tangents: tuple) -> tuple:
+  # Transposed this is one product, where a gather's is a scatter into zeros of
+  # the size of the logits: a copy that nobody needs.
+  logits, tokens = primals
+  normalizer = _normalizer(logits)
+  chosen = jax.nn.one_hot(tokens, logits.shape[-1], dtype=logits.dtype)
+  slope = chosen - jnp.exp(logits - normalizer[..., None])
+  value = _at(logits, tokens) - normalizer
+  return value, jnp.sum(slope * tangents[0], axis=-1)
+
+
+def _normalizer(logits: Array) -> Array:
+  """log Σ exp of scaled logits, kept by `map_time_chunks`."""
+  total = jnp.sum(jnp.exp(logits), axis=-1)
+  return checkpoint_name(jnp.log(total), 'normalizer')
 
 
 def _at(logits: Array, tokens: Array) -> Array:

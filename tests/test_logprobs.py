@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import logprob as benchmark
 from postrain import importance, losses
 from postrain.logprobs import (
   kept_token_logprobs,
@@ -132,3 +133,12 @@ def test_chunk_size_must_be_positive():
     map_time_chunks(
       lambda z: z, lambda h: h, jnp.zeros((1, 2, 3)), chunk_size=0
     )
+
+
+def test_a_gradient_in_chunks_needs_one_copy_of_a_chunk_of_logits():
+  """Beside the gradient of the head, as `benchmarks/logprob.py` shows it."""
+  with jax.enable_x64(False):
+    whole = benchmark.temporaries(benchmark.program(None, False))
+    for chunk, share in ((16, 0.08), (8, 0.04)):
+      found = benchmark.temporaries(benchmark.program(chunk, True))
+      assert 0 < found < share * whole

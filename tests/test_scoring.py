@@ -183,7 +183,7 @@ def large_batch(length):
 
 
 def scoring(chunk_size):
-  model, params = network(97)
+  model, params = network(997)
   batch = large_batch(64)
   return lambda: score(
     model, params, batch.tokens, batch.valid, batch.mask, chunk_size=chunk_size
@@ -191,7 +191,7 @@ def scoring(chunk_size):
 
 
 def gradient(chunk_size):
-  model, params = network(97)
+  model, params = network(997)
   objective = objectives.policy_gradient(
     model, loss=losses.ppo_clip, entropy_coef=0.1, chunk_size=chunk_size
   )
@@ -203,7 +203,7 @@ def gradient(chunk_size):
 @pytest.mark.parametrize('program', [scoring, gradient])
 def test_no_logits_of_the_whole_batch_exist(program):
   """Neither in the traced program nor, by its memory, in the compiled one."""
-  positions, vocab = 2 * 64, 97
+  positions, vocab = 2 * 64, 997
   sizes = {
     chunk: max(
       int(np.prod(s)) for s in shapes(jax.make_jaxpr(program(chunk))().jaxpr)

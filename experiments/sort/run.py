@@ -1,18 +1,16 @@
-"""The toy sort configs over many seeds: one vmapped call beside single runs.
+"""The toy sort configs over many seeds, in one vmapped call.
 
   python experiments/sort/run.py --name=sort_reproduction --seeds=5
-  python experiments/sort/run.py --name=sort_reproduction --seeds=32 --compare
 
-Prints the reward of every seed along the run, the exact sorts at its end, among
-samples and by greedy decoding, and, with ``--compare``, the time of one call
-for all seeds beside that of as many calls for one seed each, after compilation.
+Prints the reward of every seed along the run, and the exact sorts at its end,
+among samples and by greedy decoding. What the one call saves is measured by
+``benchmarks/device_loop.py``.
 """
 
 import argparse
 import importlib
 import os
 import sys
-import time
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))
@@ -31,7 +29,6 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--name', default='sort_reproduction')
   parser.add_argument('--seeds', type=int, default=5)
-  parser.add_argument('--compare', action='store_true')
   flags = parser.parse_args()
   config = importlib.import_module(f'configs.{flags.name}').get_config()
   runs = device_loop.make(config)
@@ -49,12 +46,6 @@ def main() -> None:
   greedy = greedy_exact(config, params, flags.seeds)
   print(f'exact sorts by greedy decoding: mean {greedy.mean():.3f}', end=', ')
   print(f'least {greedy.min():.3f}')
-  if flags.compare:
-    together = seconds(runs, seeds)
-    jax.block_until_ready(runs(seeds[:1]))
-    apart = sum(seconds(runs, seeds[i : i + 1]) for i in range(flags.seeds))
-    print(f'{flags.seeds} seeds: one call {together:.1f} s', end=', ')
-    print(f'one by one {apart:.1f} s, ratio {apart / together:.2f}')
 
 
 def greedy_exact(
@@ -74,13 +65,6 @@ def greedy_exact(
     for i in range(num_seeds)
   ]
   return np.array([each['eval/greedy'] for each in figures])
-
-
-def seconds(runs: object, seeds: object) -> float:
-  """Wall time of one compiled call."""
-  start = time.perf_counter()
-  jax.block_until_ready(runs(seeds))
-  return time.perf_counter() - start
 
 
 if __name__ == '__main__':
