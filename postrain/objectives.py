@@ -28,6 +28,7 @@ from postrain.scoring import (
 )
 from postrain.types import (
   Batch,
+  Max,
   Mean,
   Metrics,
   Model,
