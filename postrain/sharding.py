@@ -227,3 +227,11 @@ def abstract(shapes: Any, shardings: Any) -> Any:
     shapes,
     shardings,
   )
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes on one device of arrays, or of shapes with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )

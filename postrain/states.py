@@ -42,7 +42,12 @@ class States:
     """A new optimiser, and the policy of this moment as the reference."""
     reference = None
     if self.algorithm.uses_reference:
-      reference = jax.tree.map(jnp.copy, trainable(params['actor']))
+      actor = trainable(params['actor'])
+      placed = trainable(self._param_shardings()['actor'])
+      copy = jax.jit(
+        lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed
+      )
+      reference = copy(actor)
     return self._state(
       params,
       self.algorithm.rl_optimizer,
