@@ -52,9 +52,12 @@ def use_cache(directory: str | None = None) -> str | None:
       the user's cache directory.
 
   Returns:
-    The directory; None, and a line that says why, where it cannot be written:
-    a run is then as correct, and slower to start.
+    The directory; None where ``JAX_ENABLE_COMPILATION_CACHE`` is 0, or, with a
+    line that says why, where it cannot be written: all works as before, and
+    starts more slowly.
   """
+  if not jax.config.values['jax_enable_compilation_cache']:
+    return None
   directory = directory or jax.config.values['jax_compilation_cache_dir']
   if not directory:
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain import sharding
+from postrain.adapted import trainable
 from postrain.algorithm import Algorithm
 from postrain.batches import minibatch_rows
 from postrain.compilation import Program
@@ -24,6 +25,7 @@ from postrain.types import Batch, Metrics, TrainState
 
 PARTS = ('a larger sampling.num_parts', 'mesh.data', 'model.dtype=bfloat16')
 SCORES = ('a larger rl.num_score_slices', 'a smaller chunk_size', 'mesh.fsdp')
+WHOLE = ('mesh.fsdp', 'mesh.tensor', 'model.lora')
 REMAT = 'model.remat=nothing_saveable'
 EXAMS = (
   'a smaller evaluation.batch_size',
@@ -36,7 +38,8 @@ REMEDIES = {
   'prepare': SCORES,
   'update': ('a larger rl.num_micro_batches', REMAT, 'mesh.fsdp'),
   'imitate': ('a larger sft.num_micro_batches', REMAT, 'mesh.fsdp'),
-  'move_reference': ('mesh.fsdp', 'mesh.tensor', 'model.lora'),
+  'move_reference': WHOLE,
+  'begin': WHOLE,
 }
 SMALL = ('a smaller rl.num_prompts',)
 
@@ -58,7 +61,7 @@ class Programs:
     # What comes out is laid out as it goes in: said, not left to the compiler,
     # for all is compiled before anything exists, and once.
     rows, same = sharding.rows(states.mesh), sharding.replicated(states.mesh)
-    online, supervised = map(_shardings, self._states)
+    online, supervised = map(sharding.of, self._states)
     self.sample = jax.jit(algorithm.sample)
     self.greedy = algorithm.greedy and jax.jit(algorithm.greedy)
     self._prepare = jax.jit(
@@ -132,6 +135,8 @@ class Programs:
       for length in sorted(lengths, reverse=True):
         found += self._iteration(length)
       found += self._small(found[0])
+      if start <= supervised:
+        found.append(self._beginning())
     if start < supervised:
       lengths = environment.demonstration_lengths(
         range(start, supervised), recipe.sft.batch_size, recipe.sft.num_examples
@@ -192,6 +197,12 @@ class Programs:
       traced = self.move_reference.trace(*moved, zero)
       found += [self._program('move_reference', traced, state, moved)]
     return found
+
+  def _beginning(self) -> Program:
+    state = self._states[0]
+    traced = self.states.begin.trace(trainable(state.params))
+    made = (state.opt_state, state.ref_params, trainable(state.params))
+    return self._program('begin', traced, state, made)
 
   def _supervised(self, length: int) -> Program:
     state = self._states[1]
@@ -286,7 +297,3 @@ def _merge(updates: list[Metrics]) -> Metrics:
 
 def _floats(*shape: int) -> Any:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _shardings(tree: Any) -> Any:
-  return jax.tree.map(lambda leaf: leaf.sharding, tree)

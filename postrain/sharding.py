@@ -235,3 +235,8 @@ def device_bytes(tree: Any) -> int:
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
+
+
+def of(tree: Any) -> Any:
+  """The shardings of arrays, or of shapes that have them."""
+  return jax.tree.map(lambda leaf: leaf.sharding, tree)

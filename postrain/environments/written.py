@@ -1,6 +1,6 @@
 """Environments of texts: JSON lines, a tokenizer, rewards of the host."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import functools
 from typing import Any, Literal
 
@@ -171,7 +171,7 @@ def _drawn(
 
 
 def _drawn_lengths(
-  seed: int, max_length: int, encoded: data.Demonstrations, steps: range,
+  seed: int, max_length: int, encoded: Any, steps: range,
   batch_size: int, num_examples: int | None,
 ) -> set[int]:  # fmt: skip
   """The lengths of what `_drawn` draws in any of the steps."""
