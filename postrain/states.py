@@ -69,7 +69,8 @@ class States:
   def abstract(self, step: int) -> TrainState:
     """Shapes, dtypes and shardings of the state after ``step`` steps."""
     shardings = self._param_shardings()
-    shapes = jax.eval_shape(self.actor.model.init, jax.random.key(0))
+    init = self.actor.model.init
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     params = sharding.abstract({'actor': shapes}, shardings)
     supervised = 0 < step <= self.recipe.sft.num_steps
     optimizer = (

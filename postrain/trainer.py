@@ -80,7 +80,6 @@ class Trainer:
     )
     with sharding.on(self.mesh):
       programs.rehearse()
-    self._collector = Collector(recipe, self.environment, self.mesh, programs)
     self._prepare, self._update = programs.prepare, programs.update
     workdir.claim(directory, self.config, overrides)
 
@@ -107,6 +106,9 @@ class Trainer:
 
   def _continue(self, checkpoints: Checkpoints) -> TrainState:
     recipe, start = self.recipe, checkpoints.latest() or 0
+    self._collector = Collector(
+      recipe, self.environment, self.mesh, self._programs
+    )
     if os.path.exists(self.path('finished.json')):
       print(f'{self.directory}: this run is finished ({start} steps)')
       return self._restore(checkpoints, start)
