@@ -72,31 +72,47 @@ def text(
     examples, others = _openings(examples, prompt), _openings(others, prompt)
   # Once over all rows: errors come before the run, and drops leave the rest.
   known, others = encode(examples), encode(others)
-  draw = functools.partial(data.indices, seed, size=len(known.examples))
-  take = functools.partial(_taken, max_prompt_length)
   return Environment(
     vocab_size=_vocab_size(made),
     pad_id=made.pad_token_id,
     stop_ids=stops,
     prompt_length=max_prompt_length,
     demonstration_length=max_length,
-    prompts=lambda iteration, num: take(
-      known, draw(iteration, num_prompts=num)
-    ),
-    prompt_lengths=lambda iterations, num: {
-      _slots(known.mask[draw(i, num_prompts=num)], max_prompt_length)
-      for i in iterations
-    },
-    held_out=lambda num: take(others, np.arange(num) % len(others.examples)),
-    demonstrations=learnt
-    and functools.partial(_drawn, seed, max_length, learnt),
-    demonstration_lengths=functools.partial(
-      _drawn_lengths, seed, max_length, learnt
-    ),
+    **_prompts(seed, max_prompt_length, known, others),
+    **_learnt(seed, max_length, learnt),
     weights=reward_weights(rewards),
     rewards=functools.partial(_judge, _functions(rewards), stops, made),
     text=functools.partial(_decode, made),
     tokenizer=made,
+  )
+
+
+def _prompts(
+  seed: int, max_length: int, known: Prompts, others: Prompts
+) -> dict[str, Any]:
+  """What an environment has of prompts, those of training and held out."""
+  draw = functools.partial(data.indices, seed, size=len(known.examples))
+  take = functools.partial(_taken, max_length)
+  return dict(
+    prompts=lambda iteration, num: take(
+      known, draw(iteration, num_prompts=num)
+    ),
+    prompt_lengths=lambda iterations, num: {
+      _slots(known.mask[draw(i, num_prompts=num)], max_length)
+      for i in iterations
+    },
+    held_out=lambda num: take(others, np.arange(num) % len(others.examples)),
+  )
+
+
+def _learnt(
+  seed: int, max_length: int, encoded: data.Demonstrations | None
+) -> dict[str, Any]:
+  """What an environment has of demonstrations."""
+  first = (seed, max_length, encoded)
+  return dict(
+    demonstrations=encoded and functools.partial(_drawn, *first),
+    demonstration_lengths=functools.partial(_drawn_lengths, *first),
   )
 
 
