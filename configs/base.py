@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
       # How much of it.
       sampling=dict(
         num_samples=8,
+        num_parts=1,
         max_new_tokens=16,
         temperature=1.0,
         top_k=config_dict.placeholder(int),
@@ -96,6 +97,7 @@ def get_config() -> ConfigDict:
         wandb_project=config_dict.placeholder(str),
       ),
       checkpoint=dict(every=50, keep=2, export=True),
+      machine=dict(memory_limit=config_dict.placeholder(int)),
       mesh=dict(data=1, fsdp=1, expert=1, tensor=1),
       chunk_size=128,
     )

@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))
 from absl import logging
 
 from postrain import exam, policies
+from postrain.compilation import use_cache
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,4 +107,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+  use_cache()
   main()

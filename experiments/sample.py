@@ -19,6 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))
 from absl import logging
 
 from postrain import policies
+from postrain.compilation import use_cache
 from postrain.keys import run_key
 from postrain.streaming import TextStream, make_streamer
 
@@ -134,4 +135,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+  use_cache()
   main()

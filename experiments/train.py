@@ -12,6 +12,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from postrain.compilation import use_cache
 from postrain.trainer import Trainer
 
 FLAGS = flags.FLAGS
@@ -20,6 +21,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run lives.', allow_overwrite=False
+)
+CACHE = flags.DEFINE_bool(
+  'compilation_cache', True, 'Keep what is compiled for the next start.'
 )
 TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where errors rise.')
 flags.mark_flags_as_required(['config', 'workdir'])
@@ -39,6 +43,8 @@ def parse(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     sys.exit(f'error: arguments that are no flags: {" ".join(argv[1:])}')
+  if CACHE.value:
+    use_cache()
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
   overrides = config_flags.get_override_values(FLAGS['config'])
   try:

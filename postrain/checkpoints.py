@@ -46,8 +46,15 @@ class Checkpoints:
     """All committed steps, in order."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, state: Any) -> None:
-    """Save ``state`` under ``step`` and wait until it is committed."""
+  def save(self, step: int, state: Any, *, wait: bool = True) -> None:
+    """Save ``state`` under ``step``.
+
+    Args:
+      step: later than all that were saved.
+      state: read before this returns, and free to be donated.
+      wait: until the step is committed; else that is done beside what follows,
+        and waited for by the next `save` or `close`.
+    """
     import orbax.checkpoint as ocp
 
     check_leaves(state)
@@ -59,7 +66,8 @@ class Checkpoints:
       step, args=ocp.args.StandardSave(trainable(state))
     )
     die_at('in_checkpoint', step)
-    self._manager.wait_until_finished()
+    if wait:
+      self._manager.wait_until_finished()
     if not saved:
       raise ValueError(
         f'checkpoint {step} was not written: a checkpoint of that step or a'
@@ -88,6 +96,10 @@ class Checkpoints:
       base = once.restore(self._base, wide)
     base = jax.tree.map(lambda x, like: x.astype(like.dtype), base, frozen)
     return rejoined(state, base)
+
+  def wait(self) -> None:
+    """Wait until what was saved is committed."""
+    self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Wait for what is under way and release the directory."""

@@ -1,20 +1,15 @@
 """What would be silently wrong is an error of the assembly."""
 
-import functools
 import inspect
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from postrain import advantages
-from postrain.adapted import trainable
-from postrain.algorithm import Algorithm
 from postrain.binding import bind
 from postrain.environments import Environment
 from postrain.recipe import Recipe
-from postrain.types import Model, Samples, TrainState
+from postrain.types import Model, Samples
 
 
 def check_assembly(
@@ -56,7 +51,8 @@ def check_assembly(
     _check_rescoring(recipe)
     rows = recipe.rl.num_prompts * recipe.sampling.num_samples
     micro = rows // recipe.rl.num_minibatches // recipe.rl.num_micro_batches
-    _check_shards('rl.num_prompts', recipe.rl.num_prompts, shards)
+    part = recipe.rl.num_prompts // recipe.sampling.num_parts
+    _check_shards('prompts of a part of a rollout', part, shards)
     _check_shards('rows of an rl micro-batch', micro, shards)
     if recipe.rl.share_prompts:
       micro //= recipe.sampling.num_samples
@@ -66,23 +62,10 @@ def check_assembly(
     _check_shards('rows of an sft micro-batch', micro, shards)
 
 
-def rehearse(
-  recipe: Recipe,
-  environment: Environment,
-  model: Model,
-  algorithm: Algorithm,
-  *,
-  max_length: int | None,
+def check_lengths(
+  recipe: Recipe, environment: Environment, max_length: int | None
 ) -> None:
-  """Trace a step of each kind on shapes alone: nothing is compiled or run.
-
-  What one part asks of another, a loss of arrays that nobody makes, is so
-  known before any compilation.
-
-  Raises:
-    ValueError: parts that do not fit together, or sequences longer than the
-      ``max_length`` positions of the model.
-  """
+  """Refuse sequences longer than the ``max_length`` positions of the model."""
   longest = {}
   if recipe.rl.num_iterations or recipe.evaluation.every:
     length = environment.prompt_length + recipe.sampling.max_new_tokens
@@ -95,44 +78,6 @@ def rehearse(
         f'{name} has up to {length} tokens, the model {max_length} positions:'
         ' shorten prompts or completions, or raise its max_length'
       )
-  seed = jax.ShapeDtypeStruct((), jnp.uint32)
-  if recipe.rl.num_iterations:
-    jax.eval_shape(
-      functools.partial(_iteration, recipe, environment, model, algorithm),
-      seed,
-    )
-
-
-def _iteration(
-  recipe: Recipe, environment: Environment, model: Model,
-  algorithm: Algorithm, seed: Any,
-) -> None:  # fmt: skip
-  """One rollout and its first update, on whatever prompts."""
-  key = jax.random.key(seed)
-  params = {'actor': model.init(key)}
-  trained = trainable(params)
-  reference = trained['actor'] if algorithm.uses_reference else None
-  shape = (recipe.rl.num_prompts, environment.prompt_length)
-  prompts, mask = jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)
-  samples = algorithm.sample(
-    params, prompts, mask, key, jnp.arange(len(prompts))
-  )
-  num_samples = recipe.sampling.num_samples
-  if environment.device_task is not None:
-    repeated = jnp.repeat(prompts, num_samples, axis=0)
-    for reward in environment.device_task.rewards.values():
-      reward(repeated, samples.tokens, samples.mask)
-  rewards = jnp.zeros((len(prompts), num_samples))
-  parts = jnp.zeros((*rewards.shape, len(recipe.rewards)))
-  signals = {'baselines': rewards[:, 0], 'reward_parts': parts}
-  batch, *_ = algorithm.prepare(
-    params, reference, prompts, mask, samples, rewards, signals
-  )
-  state = TrainState(
-    jnp.int32(0), params, algorithm.rl_optimizer.init(trained), reference
-  )
-  rows = jnp.arange(rewards.size // recipe.rl.num_minibatches)
-  algorithm.update(state, batch, rows, key)
 
 
 def _check_dense(recipe: Recipe) -> None:

@@ -123,8 +123,17 @@ class StepTimer:
     try:
       yield
     finally:
-      elapsed = self._clock() - start
-      self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
+      self.add(name, start)
+
+  def add(self, name: str, start: float | None = None) -> float:
+    """Add the time since ``start`` to a part; the time now.
+
+    For what was dispatched and is waited for later.
+    """
+    now = self._clock()
+    if start is not None:
+      self._seconds[name] = self._seconds.get(name, 0.0) + now - start
+    return now
 
   def finish(self, num_tokens: int | None = None) -> dict[str, float]:
     """End the step: ``seconds/<part>``, ``seconds/total``, tokens_per_second.

@@ -47,6 +47,7 @@ class Sampling:
   """How completions are drawn."""
 
   num_samples: int  # of a prompt: the group
+  num_parts: int  # of a rollout: one is rewarded while the next is sampled
   max_new_tokens: int
   temperature: Scalar
   top_k: int | None
@@ -129,6 +130,13 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+  """What it runs on; no part of a run's identity."""
+
+  memory_limit: int | None  # bytes of a device; None for what it reports
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
   """Devices along each axis."""
 
@@ -162,6 +170,7 @@ class Recipe:
   evaluation: Evaluation
   logging: Logging
   checkpoint: Checkpoint
+  machine: Machine
   mesh: Mesh
   chunk_size: int  # time positions whose logits exist at once
 
@@ -169,6 +178,11 @@ class Recipe:
   def num_steps(self) -> int:
     """Steps of the run: supervised ones, then rollout iterations."""
     return self.sft.num_steps + self.rl.num_iterations
+
+  @property
+  def rollouts(self) -> int:
+    """Rollouts of an iteration, at most."""
+    return self.filter.max_rollouts if self.filter.informative_only else 1
 
 
 def make_recipe(config: Any) -> Recipe:
@@ -226,6 +240,7 @@ def _check_ranges(recipe: Recipe) -> None:
   _check_divides('rl.num_score_slices', rl.num_score_slices, rows)
   if rl.share_prompts:
     _check_groups(rl)
+  _check_divides('sampling.num_parts', sampling.num_parts, rl.num_prompts)
   if sft.num_steps:
     _check_divides(
       'sft.num_micro_batches', sft.num_micro_batches, sft.batch_size
@@ -284,7 +299,7 @@ def _check_positive(recipe: Recipe) -> None:
     'logging': ('table_every',),
   }
   wanted = {
-    'sampling': ('num_samples', 'max_new_tokens'),
+    'sampling': ('num_samples', 'num_parts', 'max_new_tokens'),
     'rl': (
       'num_prompts', 'num_epochs', 'num_minibatches', 'num_micro_batches',
       'num_score_slices',
@@ -307,6 +322,7 @@ def _check_positive(recipe: Recipe) -> None:
   for field, value in (
     ('chunk_size', recipe.chunk_size),
     ('sft.num_examples', recipe.sft.num_examples),
+    ('machine.memory_limit', recipe.machine.memory_limit),
   ):
     if value is not None and value < 1:
       raise ValueError(f'{field}={value}: it must be at least 1')

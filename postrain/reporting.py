@@ -1,6 +1,6 @@
 """What a run tells people: figures, samples, screen, trackers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import os
 from typing import Any
@@ -67,6 +67,27 @@ class Report(contextlib.ExitStack):
     for tracker in self._trackers:
       self.callback(tracker.close)
     self.timer = metrics.StepTimer()
+    self._deferred: tuple[int, Callable[[], tuple]] | None = None
+
+  def defer(self, step: int, tell: Callable[[], tuple]) -> None:
+    """Write a step later: what it says is still being worked out.
+
+    Args:
+      step: number of the step.
+      tell: gives what `write` takes beside it, and waits for it.
+    """
+    self.flush()
+    self._deferred = step, tell
+
+  def flush(self) -> None:
+    """Write the step that was deferred.
+
+    Before whatever depends on its being written: a checkpoint must not know
+    more than the files say.
+    """
+    if self._deferred is not None:
+      (step, tell), self._deferred = self._deferred, None
+      self.write(step, *tell())
 
   def write(
     self,

@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from postrain.masks import informative_groups
 from postrain.types import Prompts, Samples
 
 Part = tuple[Prompts, Samples, dict[str, np.ndarray]]
@@ -20,16 +18,46 @@ def weighted_sum(
   return np.asarray(total, np.float32)
 
 
-def informative_rows(
-  totals: Sequence[np.ndarray], num_prompts: int
-) -> np.ndarray:
-  """Which groups, over all parts, have unequal rewards."""
-  return np.concatenate(
-    [
-      np.asarray(informative_groups(jnp.asarray(t).reshape(num_prompts, -1)))
-      for t in totals
-    ]
+def cut(prompts: Prompts, num_parts: int) -> list[tuple[Prompts, np.ndarray]]:
+  """Parts of equal numbers of prompts, and the places of these."""
+  places = np.arange(len(prompts.tokens), dtype=np.int32)
+  if num_parts == 1:
+    return [(prompts, places)]
+  prompts = fetched(prompts)
+  return [
+    (
+      Prompts(
+        prompts.tokens[ids],
+        prompts.mask[ids],
+        [prompts.examples[i] for i in ids],
+      ),
+      ids,
+    )
+    for ids in np.split(places, num_parts)
+  ]
+
+
+def fetched(prompts: Prompts) -> Prompts:
+  """Prompts on the host, their examples as they are."""
+  tokens, mask = jax.device_get((prompts.tokens, prompts.mask))
+  return Prompts(tokens, mask, prompts.examples)
+
+
+def joined(parts: Sequence[Part]) -> Part:
+  """The parts of `cut`, sampled and rewarded, as one."""
+  if len(parts) == 1:
+    return parts[0]
+  prompts, samples, rewards = zip(*parts, strict=True)
+  whole = Prompts(
+    np.concatenate([p.tokens for p in prompts]),
+    np.concatenate([p.mask for p in prompts]),
+    [example for p in prompts for example in p.examples],
   )
+  samples, rewards = (
+    jax.tree.map(lambda *x: np.concatenate(x), *each)
+    for each in (samples, rewards)
+  )
+  return whole, samples, rewards
 
 
 def select_groups(

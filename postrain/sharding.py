@@ -94,7 +94,7 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
 
 def param_shardings(mesh: Mesh, model: Model) -> Params:
   """The sharding of each parameter, from its logical axes."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   if model.logical_axes is None:
     return jax.tree.map(lambda _: replicated(mesh), shapes)
 
@@ -211,13 +211,23 @@ def opt_state_shardings(
 ) -> Any:  # fmt: skip
   """Moments lie as their parameters do, all else is replicated."""
   state = jax.eval_shape(optimizer.init, params)
-  return optax.tree.map_params(
-    optimizer,
-    lambda _, sharding: sharding,
-    state,
-    shardings,
-    transform_non_params=lambda _: replicated(mesh),
-  )
+  placed = []
+
+  def place() -> None:
+    placed.append(
+      optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+      )
+    )
+
+  jax.eval_shape(
+    place
+  )  # it makes a state of its own, whose zeros would compile
+  return placed[0]
 
 
 def abstract(shapes: Any, shardings: Any) -> Any:
@@ -227,3 +237,16 @@ def abstract(shapes: Any, shardings: Any) -> Any:
     shapes,
     shardings,
   )
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes on one device of arrays, or of shapes with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def of(tree: Any) -> Any:
+  """The shardings of arrays, or of shapes that have them."""
+  return jax.tree.map(lambda leaf: leaf.sharding, tree)

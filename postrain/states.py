@@ -1,9 +1,11 @@
 """The state of a run: fresh, of its second stage, and as shapes to restore."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from postrain import sharding
 from postrain.actors import Actor
@@ -36,24 +38,39 @@ class States:
     params = {'actor': self.actor.init(key, shardings['actor'])}
     if not self.recipe.sft.num_steps:
       return self.begin_reinforcement(params)
-    return self._state(params, self.algorithm.sft_optimizer, None, 0)
+    optimizer = self.algorithm.sft_optimizer
+    placed = self._opt_state_shardings(optimizer, params)
+    init = jax.jit(optimizer.init, out_shardings=placed)
+    return TrainState(self._counter(0), params, init(trainable(params)))
 
   def begin_reinforcement(self, params: dict[str, Params]) -> TrainState:
     """A new optimiser, and the policy of this moment as the reference."""
-    reference = None
-    if self.algorithm.uses_reference:
-      reference = jax.tree.map(jnp.copy, trainable(params['actor']))
-    return self._state(
-      params,
-      self.algorithm.rl_optimizer,
-      reference,
-      self.recipe.sft.num_steps,
-    )
+    opt_state, reference = self.begin(trainable(params))
+    step = self._counter(self.recipe.sft.num_steps)
+    return TrainState(step, params, opt_state, reference)
+
+  @functools.cached_property
+  def begin(self) -> Any:
+    """Jitted: trained parameters -> (optimiser's state, reference)."""
+    algorithm = self.algorithm
+
+    def begin(params: Any) -> tuple[Any, Params | None]:
+      keeps = algorithm.uses_reference
+      reference = jax.tree.map(jnp.copy, params['actor']) if keeps else None
+      return algorithm.rl_optimizer.init(params), reference
+
+    state = self.abstract(self.recipe.sft.num_steps + 1)
+    placed = sharding.of((state.opt_state, state.ref_params))
+    return jax.jit(begin, out_shardings=placed)
+
+  def _counter(self, step: int) -> jax.Array:
+    return jax.device_put(np.int32(step), sharding.replicated(self.mesh))
 
   def abstract(self, step: int) -> TrainState:
     """Shapes, dtypes and shardings of the state after ``step`` steps."""
     shardings = self._param_shardings()
-    shapes = jax.eval_shape(self.actor.model.init, jax.random.key(0))
+    init = self.actor.model.init
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     params = sharding.abstract({'actor': shapes}, shardings)
     supervised = 0 < step <= self.recipe.sft.num_steps
     optimizer = (
@@ -81,17 +98,4 @@ class States:
     shardings = trainable(self._param_shardings())
     return sharding.opt_state_shardings(
       self.mesh, optimizer, trainable(params), shardings
-    )
-
-  def _state(
-    self, params: Any, optimizer: Any, reference: Params | None, step: int
-  ) -> TrainState:
-    placed = self._opt_state_shardings(optimizer, params)
-    return TrainState(
-      step=jax.device_put(jnp.int32(step), sharding.replicated(self.mesh)),
-      params=params,
-      opt_state=jax.jit(optimizer.init, out_shardings=placed)(
-        trainable(params)
-      ),
-      ref_params=reference,
     )

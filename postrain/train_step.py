@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from postrain.adapted import bases, rejoined, trainable
@@ -126,8 +127,17 @@ def value(figure: Mean | Sum | Max) -> jax.Array:
 
 def finish(metrics: Metrics) -> dict[str, float]:
   """Turn typed figures into numbers, once, on the host."""
-  metrics = jax.tree.map(jnp.asarray, metrics)
-  return {name: float(value(figure)) for name, figure in metrics.items()}
+  with np.errstate(all='ignore'):
+    return {k: _number(figure) for k, figure in jax.device_get(metrics).items()}
+
+
+def _number(figure: Any) -> float:
+  """`value` without the device, which may be busy with the next step."""
+  first, *rest = (
+    x if x.dtype == np.float64 else x.astype(np.float32)
+    for x in map(np.asarray, figure)
+  )
+  return float(first / np.where(rest[0] == 0, 1, rest[0]) if rest else first)
 
 
 def _per_step(figure: Any) -> Any:

@@ -1,6 +1,6 @@
 """The one stateful object: runs a recipe in a directory, or goes on with it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -8,22 +8,17 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from postrain import actors, environments, metrics, sharding, workdir
 from postrain.algorithm import make_algorithm
-from postrain.batches import minibatch_rows
 from postrain.binding import bind
 from postrain.checkpoints import Checkpoints
-from postrain.checks import (
-  check_assembly,
-  check_completions,
-  check_rewards,
-  rehearse,
-)
-from postrain.evaluator import make_evaluator
-from postrain.keys import minibatch_key, run_key
+from postrain.checks import check_assembly, check_lengths
+from postrain.collection import Collector, send
+from postrain.compilation import compiling
+from postrain.evaluator import Evaluator
+from postrain.programs import Programs
 from postrain.recipe import make_recipe, plain
 from postrain.reporting import (
   CURVES,
@@ -31,10 +26,12 @@ from postrain.reporting import (
   rollout_figures,
   sample_rows,
 )
-from postrain.rollouts import informative_rows, select_groups, weighted_sum
+from postrain.rollouts import weighted_sum
 from postrain.states import States
-from postrain.train_step import finish, merge
-from postrain.types import Prompts, Samples, TrainState
+from postrain.train_step import finish
+from postrain.types import Metrics, TrainState
+
+Tell = Callable[[], tuple]  # what `Report.write` takes beside the step
 
 
 class Trainer:
@@ -75,25 +72,16 @@ class Trainer:
       stop_ids=self.environment.stop_ids,
     )
     check_assembly(recipe, self.environment, self.actor.model)
-    rehearse(
-      recipe, self.environment, self.actor.model, self.algorithm,
-      max_length=self.actor.max_length,
-    )  # fmt: skip
+    check_lengths(recipe, self.environment, self.actor.max_length)
     self._states = States(recipe, self.actor, self.algorithm, self.mesh)
-    workdir.claim(directory, self.config, overrides)
-    self._jit_functions()
-
-  def _jit_functions(self) -> None:
-    algorithm = self.algorithm
-    self._sample = jax.jit(algorithm.sample)
-    self._greedy = algorithm.greedy and jax.jit(algorithm.greedy)
-    self._prepare = jax.jit(algorithm.prepare)
-    self._update = jax.jit(algorithm.update, donate_argnums=0)
-    self._imitate = jax.jit(algorithm.imitate, donate_argnums=0)
-    self._move_reference = jax.jit(algorithm.move_reference)
-    self._evaluator = make_evaluator(
-      self.recipe, self.actor.model, self.environment
+    self._evaluator = Evaluator(recipe, self.actor.model, self.environment)
+    self._programs = programs = Programs(
+      recipe, self.environment, self.algorithm, self._states, self._evaluator
     )
+    with sharding.on(self.mesh):
+      programs.rehearse()
+    self._prepare, self._update = programs.prepare, programs.update
+    workdir.claim(directory, self.config, overrides)
 
   def path(self, *names: str) -> str:
     """A path in the workdir."""
@@ -117,21 +105,28 @@ class Trainer:
       raise
 
   def _continue(self, checkpoints: Checkpoints) -> TrainState:
-    recipe = self.recipe
-    state, start = self._restore(checkpoints)
+    recipe, start = self.recipe, checkpoints.latest() or 0
+    self._collector = Collector(
+      recipe, self.environment, self.mesh, self._programs
+    )
     if os.path.exists(self.path('finished.json')):
       print(f'{self.directory}: this run is finished ({start} steps)')
-      return state
+      return self._restore(checkpoints, start)
     if start:
       print(f'{self.directory}: continuing at step {start}')
+    programs = self._programs.needed(start)
+    with compiling(programs, limit=recipe.machine.memory_limit):
+      state = self._restore(checkpoints, start)
     with self._report(start) as report:
       for step in range(start, recipe.num_steps):
         state = self._step(state, step, report)
         done = step + 1
         if done % recipe.checkpoint.every == 0 or done == recipe.num_steps:
+          report.flush()
           workdir.die_at('before_checkpoint', done)
-          checkpoints.save(done, state)
+          checkpoints.save(done, state, wait=False)
           workdir.die_at('after_checkpoint', done)
+      checkpoints.wait()
       self._finish(state, report)
     return state
 
@@ -144,14 +139,13 @@ class Trainer:
       config=self.config,
     )
 
-  def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """The newest checkpoint's state, or a fresh one."""
-    step = checkpoints.latest()
-    if step is None:
-      return self._states.fresh(), 0
-    return checkpoints.restore(step, self._states.abstract(step)), step
+  def _restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
+    """The state after so many steps."""
+    if not step:
+      return self._states.fresh()
+    return checkpoints.restore(step, self._states.abstract(step))
 
-  # Steps.
+  # Steps. What one says is fetched and written when the next one is under way.
 
   def _step(self, state: TrainState, step: int, report: Report) -> TrainState:
     recipe, figures = self.recipe, {}
@@ -159,133 +153,97 @@ class Trainer:
       state = self._states.begin_reinforcement(state.params)
     every = recipe.evaluation.every
     if every and (step % every == 0 or step == recipe.sft.num_steps):
+      report.flush()
       figures = self._evaluate(state, report)
     if step < recipe.sft.num_steps:
-      state, more = self._supervise(state, step, report)
-      report.write(step, figures | more)
+      state, tell = self._supervise(state, step, report)
     else:
       iteration = step - recipe.sft.num_steps
-      state, more, rows = self._reinforce(state, iteration, report)
-      num_tokens = sum(row['length'] for row in rows)
-      report.write(step, figures | more, num_tokens, rows)
+      state, tell = self._reinforce(state, iteration, report)
+
+    def all_of_it() -> tuple:
+      more, *rest = tell()
+      return figures | more, *rest
+
+    report.defer(step, all_of_it)
     return state
 
   def _supervise(
     self, state: TrainState, step: int, report: Report
-  ) -> tuple[TrainState, dict[str, float]]:
-    choices = self.recipe.sft
+  ) -> tuple[TrainState, Tell]:
+    choices, timer = self.recipe.sft, report.timer
     arrays = self.environment.demonstrations(
       step, choices.batch_size, choices.num_examples
     )
-    with report.timer.span('update'):
-      arrays = sharding.put_rows(self.mesh, arrays)
-      state, figures = self._imitate(state, *arrays)
-      return state, finish(jax.device_get(figures))
+    arrays = sharding.put_rows(self.mesh, arrays)
+    state, figures = self._programs.imitate(state, *arrays)
+    send(figures)
+    report.flush()
+    started = timer.add('update')
+
+    def tell() -> tuple[dict[str, float]]:
+      told = finish(figures)
+      timer.add('update', started)
+      return (told,)
+
+    return state, tell
 
   def _reinforce(
     self, state: TrainState, iteration: int, report: Report
-  ) -> tuple[TrainState, dict[str, float], list[dict[str, Any]]]:
+  ) -> tuple[TrainState, Tell]:
     timer = report.timer
-    prompts, samples, rewards, share = self._rollout(state, iteration, timer)
+    rollout, informative = self._collector.rollout(
+      state.params, iteration, report
+    )
+    prompts, samples, rewards = rollout
     total = weighted_sum(rewards, self.environment.weights)
-    signals = self._signals(state, prompts, rewards)
-    with timer.span('score'):
-      put = functools.partial(sharding.put_rows, self.mesh)
-      batch, figures, columns = self._prepare(
-        state.params,
-        state.ref_params,
-        *put((prompts.tokens, prompts.mask)),
-        put(samples),
-        put(total.reshape(len(prompts.tokens), -1)),
-        put(signals),
-      )
-      figures, columns = jax.device_get((figures, columns))
-    with timer.span('update'):
-      state, updates = self._optimise(state, batch, iteration)
-    rows = sample_rows(
-      prompts, samples, rewards, total, columns, self.environment.text
+    signals = self._collector.signals(state.params, prompts, rewards, timer)
+    put = functools.partial(sharding.put_rows, self.mesh)
+    started = timer.add('score')
+    batch, figures, columns = self._prepare(
+      state.params,
+      state.ref_params,
+      *put((prompts.tokens, prompts.mask)),
+      put(samples),
+      put(total.reshape(len(prompts.tokens), -1)),
+      put(signals),
     )
-    figures = {
-      'groups/informative': share,
-      **rollout_figures(samples, rewards, total),
-      **finish(figures),
-      **updates,
-    }
-    return state, figures, rows
+    state, updates = self._optimise(state, batch, iteration)
+    send((informative, figures, columns, updates))
 
-  def _rollout(
-    self, state: TrainState, iteration: int, timer: Any
-  ) -> tuple[Prompts, Samples, dict[str, np.ndarray], float]:
-    """Sample and reward; with dynamic sampling, until enough groups differ."""
-    recipe, parts = self.recipe, []
-    limit = recipe.filter.max_rollouts if recipe.filter.informative_only else 1
-    for attempt in range(limit):
-      number = iteration * limit + attempt
-      prompts = self.environment.prompts(number, recipe.rl.num_prompts)
-      with timer.span('sample'):
-        samples = self._sample(
-          state.params,
-          *sharding.put_rows(self.mesh, (prompts.tokens, prompts.mask)),
-          run_key(recipe.seed, 'sample', number),
-          jnp.arange(recipe.rl.num_prompts),
-        )
-        samples = jax.device_get(samples)
-      workdir.die_at('in_rollout', recipe.sft.num_steps + iteration)
-      check_completions(samples, self.environment, first=number == 0)
-      with timer.span('reward'):
-        rewards = self.environment.rewards(prompts, samples)
-      check_rewards(rewards, len(samples.tokens))
-      parts.append((prompts, samples, rewards))
-      totals = [weighted_sum(r, self.environment.weights) for *_, r in parts]
-      informative = informative_rows(totals, recipe.rl.num_prompts)
-      if informative.sum() >= recipe.rl.num_prompts:
-        break
-    chosen = select_groups(
-      parts, informative, recipe.rl.num_prompts, self.environment.pad_id
-    )
-    return *chosen, float(informative.mean())
-
-  def _signals(
-    self, state: TrainState, prompts: Prompts, rewards: dict[str, np.ndarray]
-  ) -> dict[str, np.ndarray]:
-    """What an advantage may ask for beside the sum of the rewards."""
-    parts = np.stack([*rewards.values()], axis=-1).astype(np.float32)
-    shape = (len(prompts.tokens), -1, len(rewards))
-    signals = {'reward_parts': parts.reshape(shape)}
-    if self._greedy is not None:
-      samples = self._greedy(
-        state.params,
-        *sharding.put_rows(self.mesh, (prompts.tokens, prompts.mask)),
-        run_key(self.recipe.seed, 'sample'),  # unused: nothing is drawn
-        jnp.arange(len(prompts.tokens)),
+    def tell() -> tuple[dict[str, float], int, list[dict[str, Any]]]:
+      scored = jax.device_get((informative, figures, columns))
+      updated = timer.add('score', started)
+      merged = jax.device_get(updates)
+      timer.add('update', updated)
+      rows = sample_rows(
+        prompts, samples, rewards, total, scored[2], self.environment.text
       )
-      graded = self.environment.rewards(prompts, jax.device_get(samples))
-      check_rewards(graded, len(prompts.tokens))
-      signals['baselines'] = weighted_sum(graded, self.environment.weights)
-    return signals
+      told = {
+        'groups/informative': float(np.concatenate(scored[0]).mean()),
+        **rollout_figures(samples, rewards, total),
+        **finish(scored[1]),
+        **finish(merged),
+      }
+      return told, int(samples.mask.sum()), rows
+
+    return state, tell
 
   def _optimise(
     self, state: TrainState, batch: Any, iteration: int
-  ) -> tuple[TrainState, dict[str, float]]:
-    choices, typed = self.recipe.rl, []
-    for epoch in range(choices.num_epochs):
-      minibatches = minibatch_rows(
-        minibatch_key(self.recipe.seed, iteration, epoch),
-        len(batch.mask),
-        choices.num_minibatches,
-        unit_size=batch.unit_size,
-      )
-      for rows in minibatches:
-        key = run_key(self.recipe.seed, 'selection', state.step)
+  ) -> tuple[TrainState, Metrics]:
+    number, updates = np.int32(iteration), []
+    for epoch in range(self.recipe.rl.num_epochs):
+      cuts = self._programs.minibatches(number, np.int32(epoch), state.step)
+      for rows, key in zip(*cuts, strict=True):
         state, figures = self._update(state, batch, rows, key)
-        typed.append(figures)
+        updates.append(figures)
     if state.ref_params is not None:
-      reference = self._move_reference(
-        state.ref_params, state.params['actor'], iteration
+      reference = self._programs.move_reference(
+        state.ref_params, state.params['actor'], number
       )
       state = dataclasses.replace(state, ref_params=reference)
-    stacked = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(typed))
-    return state, finish(merge(stacked))
+    return state, self._programs.merge(updates)
 
   # Evaluation and the end.
 

@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 FILES = ('metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
+# Blocks of a config that change no bit of what a run ends with.
+APART = ('logging', 'machine')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -94,7 +96,7 @@ def die_at(point: str, step: int) -> None:
 
 
 def differences(
-  ours: Any, theirs: Any, where: str = '', ignored: str = 'logging'
+  ours: Any, theirs: Any, where: str = '', ignored: tuple[str, ...] = APART
 ) -> list[str]:
   """List fields that differ between two nested dicts, ``ignored`` apart."""
   if not (isinstance(ours, dict) and isinstance(theirs, dict)):
@@ -104,7 +106,7 @@ def differences(
   return [
     line
     for key in sorted(ours.keys() | theirs.keys())
-    if (path := f'{where}.{key}' if where else key) != ignored
+    if (path := f'{where}.{key}' if where else key) not in ignored
     for line in differences(
       ours.get(key, 'absent'), theirs.get(key, 'absent'), path, ignored
     )

@@ -31,7 +31,9 @@ LAYERS = (
     *('sandbox', 'thinking', 'tokenizers', 'workdir'),
   },
   {
-    *('actors', 'algorithm', 'binding', 'checks', 'device_loop'),
+    *('actors', 'algorithm', 'binding', 'checks', 'collection'),
+    'compilation',
+    *('device_loop', 'programs'),
     *('environments', 'evaluator', 'exam', 'policies', 'preparation'),
     *('recipe', 'states', 'streaming', 'trainer'),
   },

@@ -1,8 +1,9 @@
 """Which groups make an iteration, and what a completion is worth."""
 
+import jax
 import numpy as np
 
-from postrain.rollouts import informative_rows, select_groups, weighted_sum
+from postrain.rollouts import cut, joined, select_groups, weighted_sum
 from postrain.types import Prompts, Samples
 
 
@@ -33,10 +34,20 @@ def test_weighted_sum() -> None:
   assert total.dtype == np.float32
 
 
-def test_informative_rows_span_all_parts() -> None:
-  totals = [np.array([1.0, 1, 0, 1]), np.array([0.0, 0, 2, 3])]
-  found = informative_rows(totals, 2)
-  assert found.tolist() == [False, True, False, True]
+def test_parts_of_a_rollout_come_together_again() -> None:
+  whole = part(0, 4, [SAME, MIXED, SAME, MIXED])
+  pieces = []
+  for prompts, ids in cut(whole[0], 2):
+    rows = np.flatnonzero(np.isin(np.arange(8) // 2, ids))
+    samples, rewards = jax.tree.map(lambda x, r=rows: x[r], whole[1:])
+    pieces.append((prompts, samples, rewards))
+  prompts, samples, rewards = joined(pieces)
+  assert prompts.examples == whole[0].examples
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (prompts[:2], samples, rewards),
+    (whole[0][:2], *whole[1:]),
+  )
 
 
 def test_one_part_is_taken_as_it_is() -> None:

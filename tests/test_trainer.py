@@ -427,3 +427,23 @@ def test_device_loop_gives_the_same_curve(tmp_path: pathlib.Path) -> None:
     curve = [row[key] for row in rows(tmp_path)]
     np.testing.assert_allclose(figures[key][0], curve, rtol=1e-4, atol=1e-6)
   assert not np.allclose(figures['reward'][0], figures['reward'][1])
+
+
+def test_parts_of_a_rollout_change_no_draw(tmp_path: pathlib.Path) -> None:
+  for num_parts in (1, 2):
+    config = sorting(sampling__num_parts=num_parts, rl__num_iterations=1)
+    run(config, tmp_path / str(num_parts))
+  whole, parts = (rows(tmp_path / name, 'samples') for name in '12')
+  assert len(whole) == len(parts) == 16
+  for left, right in zip(whole, parts, strict=True):
+    for key, value in left.items():
+      same = value if isinstance(value, str) else pytest.approx(value, abs=1e-5)
+      assert right[key] == same
+
+
+def test_machine_is_no_part_of_a_run(tmp_path: pathlib.Path) -> None:
+  run(sorting(rl__num_iterations=1), tmp_path)
+  again = run(
+    sorting(rl__num_iterations=1, machine__memory_limit=10**9), tmp_path
+  )
+  assert int(again.step) == 1

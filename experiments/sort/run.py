@@ -21,7 +21,7 @@ import numpy as np
 
 from postrain import actors, device_loop, environments
 from postrain.binding import bind
-from postrain.evaluator import make_evaluator
+from postrain.evaluator import Evaluator
 from postrain.recipe import make_recipe
 
 
@@ -59,7 +59,7 @@ def greedy_exact(
     recipe.seed, recipe.rewards
   )
   model = bind(actors, recipe.model)(environment).model
-  evaluate = make_evaluator(recipe, model, environment)
+  evaluate = Evaluator(recipe, model, environment)
   figures = [
     evaluate(jax.tree.map(lambda x, i=i: x[i], params))
     for i in range(num_seeds)

@@ -1,5 +1,7 @@
 """Which examples an iteration uses: a pure function, exact across epochs."""
 
+import functools
+
 from jaxtyping import Int
 import numpy as np
 
@@ -39,6 +41,7 @@ def indices(
   return chosen
 
 
+@functools.lru_cache(maxsize=2)  # an iteration spans two epochs, mostly
 def _permutation(seed: int, epoch: int, size: int) -> Int[np.ndarray, ' N']:
   # NumPy promises the raw stream of a bit generator, not its shuffles, to stay
   # the same from version to version.

@@ -20,10 +20,14 @@ class Environment:
     stop_ids: end a completion.
     prompt_length: tokens of the longest prompt.
     demonstration_length: tokens of the longest demonstration and its prompt.
-    prompts: (iteration, num_prompts) -> Prompts; a pure function.
+    prompts: (iteration, num_prompts) -> Prompts; a pure function. Arrays of
+      the device need not be there yet.
     held_out: (num_prompts) -> Prompts, the same at every call.
     demonstrations: (step, batch_size, num_examples) -> (tokens, valid, mask)
       for supervised training; None where there are none.
+    prompt_lengths: (iterations, num_prompts) -> the slots that ``prompts`` will
+      have in any of them.
+    demonstration_lengths: (steps, batch_size, num_examples) -> likewise.
     rewards: (prompts, samples) -> {label: [B]} in the order of the config.
     weights: label -> weight in the sum that trains.
     text: token ids -> text.
@@ -39,6 +43,8 @@ class Environment:
   prompts: Callable[[int, int], Prompts]
   held_out: Callable[[int], Prompts]
   demonstrations: Callable[[int, int, int | None], tuple] | None
+  prompt_lengths: Callable[[range, int], set[int]]
+  demonstration_lengths: Callable[[range, int, int | None], set[int]]
   rewards: Callable[[Prompts, Samples], dict[str, np.ndarray]]
   weights: dict[str, float]
   text: Callable[[Any], str]

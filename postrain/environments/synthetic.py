@@ -33,7 +33,7 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
 
   def prompts(key: Any, prompt_ids: np.ndarray, held_out: bool) -> Prompts:
     tokens, mask = draw(key, prompt_ids, held_out=held_out)
-    return Prompts(np.asarray(tokens), np.asarray(mask), [{}] * len(prompt_ids))
+    return Prompts(tokens, mask, [{}] * len(prompt_ids))
 
   def demonstrations(
     solution: Callable, step: int, batch_size: int, num_examples: int | None
@@ -65,6 +65,10 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
     ),
     demonstrations=chosen.solution
     and functools.partial(demonstrations, chosen.solution),
+    prompt_lengths=lambda *_: {chosen.prompt_length},
+    demonstration_lengths=lambda *_: {
+      chosen.prompt_length + chosen.completion_length
+    },
     rewards=lambda drawn, samples: {
       label: np.asarray(values)
       for label, values in judge(

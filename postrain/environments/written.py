@@ -1,6 +1,6 @@
 """Environments of texts: JSON lines, a tokenizer, rewards of the host."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import functools
 from typing import Any, Literal
 
@@ -71,16 +71,15 @@ def text(
   if conversations == prompt:
     examples, others = _openings(examples, prompt), _openings(others, prompt)
   # Once over all rows: errors come before the run, and drops leave the rest.
-  examples, others = encode(examples).examples, encode(others).examples
+  known, others = encode(examples), encode(others)
   return Environment(
     vocab_size=_vocab_size(made),
     pad_id=made.pad_token_id,
     stop_ids=stops,
     prompt_length=max_prompt_length,
     demonstration_length=max_length,
-    prompts=_prompts(seed, encode, examples),
-    held_out=lambda num: encode([others[i % len(others)] for i in range(num)]),
-    demonstrations=learnt and _drawn(seed, max_length, learnt),
+    **_prompts(seed, max_prompt_length, known, others),
+    **_learnt(seed, max_length, learnt),
     weights=reward_weights(rewards),
     rewards=functools.partial(_judge, _functions(rewards), stops, made),
     text=functools.partial(_decode, made),
@@ -89,15 +88,32 @@ def text(
 
 
 def _prompts(
-  seed: int, encode: Callable[[list], Prompts], examples: list
-) -> Callable[[int, int], Prompts]:
-  def prompts(iteration: int, num_prompts: int) -> Prompts:
-    rows = data.indices(
-      seed, iteration, num_prompts=num_prompts, size=len(examples)
-    )
-    return encode([examples[i] for i in rows])
+  seed: int, max_length: int, known: Prompts, others: Prompts
+) -> dict[str, Any]:
+  """What an environment has of prompts, those of training and held out."""
+  draw = functools.partial(data.indices, seed, size=len(known.examples))
+  take = functools.partial(_taken, max_length)
+  return dict(
+    prompts=lambda iteration, num: take(
+      known, draw(iteration, num_prompts=num)
+    ),
+    prompt_lengths=lambda iterations, num: {
+      _slots(known.mask[draw(i, num_prompts=num)], max_length)
+      for i in iterations
+    },
+    held_out=lambda num: take(others, np.arange(num) % len(others.examples)),
+  )
 
-  return prompts
+
+def _learnt(
+  seed: int, max_length: int, encoded: data.Demonstrations | None
+) -> dict[str, Any]:
+  """What an environment has of demonstrations."""
+  first = (seed, max_length, encoded)
+  return dict(
+    demonstrations=encoded and functools.partial(_drawn, *first),
+    demonstration_lengths=functools.partial(_drawn_lengths, *first),
+  )
 
 
 def _texts(examples: list, fields: Sequence[str]) -> list[str]:
@@ -150,21 +166,50 @@ def _demonstrations(
   )
 
 
+def _taken(max_length: int, encoded: Prompts, rows: np.ndarray) -> Prompts:
+  """Rows of the left-padded prompts, in the bucket of the longest of them."""
+  slots = _slots(encoded.mask[rows], max_length)
+  return Prompts(
+    encoded.tokens[rows, -slots:],
+    encoded.mask[rows, -slots:],
+    [encoded.examples[row] for row in rows],
+  )
+
+
 def _drawn(
-  seed: int, max_length: int, encoded: data.Demonstrations
-) -> Callable[[int, int, int | None], data.Demonstrations]:
+  seed: int, max_length: int, encoded: data.Demonstrations, step: int,
+  batch_size: int, num_examples: int | None,
+) -> data.Demonstrations:  # fmt: skip
   """Draw those of a step, no longer than they need to be."""
+  rows = _numbers(seed, encoded, step, batch_size, num_examples)
+  length = _slots(encoded.valid[rows], max_length)
+  return data.Demonstrations(*(x[rows, :length] for x in encoded))
 
-  def drawn(
-    step: int, batch_size: int, num_examples: int | None
-  ) -> data.Demonstrations:
-    size = len(encoded.tokens[:num_examples])
-    rows = data.indices(seed, step, num_prompts=batch_size, size=size)
-    longest = int(encoded.valid[rows].sum(-1).max())
-    length = data.bucket(longest, data.bucket_sizes(max_length))
-    return data.Demonstrations(*(x[rows, :length] for x in encoded))
 
-  return drawn
+def _drawn_lengths(
+  seed: int, max_length: int, encoded: Any, steps: range,
+  batch_size: int, num_examples: int | None,
+) -> set[int]:  # fmt: skip
+  """The lengths of what `_drawn` draws in any of the steps."""
+  rows = (
+    _numbers(seed, encoded, step, batch_size, num_examples) for step in steps
+  )
+  return {_slots(encoded.valid[each], max_length) for each in rows}
+
+
+def _numbers(
+  seed: int, encoded: data.Demonstrations, step: int, batch_size: int,
+  num_examples: int | None,
+) -> np.ndarray:  # fmt: skip
+  """Which demonstrations a step draws."""
+  size = len(encoded.tokens[:num_examples])
+  return data.indices(seed, step, num_prompts=batch_size, size=size)
+
+
+def _slots(real: np.ndarray, max_length: int) -> int:
+  """The bucket of the longest row."""
+  longest = int(real.sum(-1).max())
+  return data.bucket(longest, data.bucket_sizes(max_length))
 
 
 def _vocab_size(tokenizer: Any) -> int:
