@@ -66,7 +66,7 @@ def first_update(cache: str) -> float:
   with tempfile.TemporaryDirectory() as workdir:
     command = [
       sys.executable, str(ROOT / 'experiments' / 'train.py'),
-      f'--config={ROOT / "benchmarks" / "start.py"}',
+      f'--config={ROOT / "benchmarks" / "startup.py"}',
       f'--workdir={workdir}/run',
     ]  # fmt: skip
     paths = os.pathsep.join([str(ROOT / 'benchmarks'), str(ROOT)])

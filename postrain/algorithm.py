@@ -125,7 +125,9 @@ def _make_update(
   def update(
     state: Any, batch: Batch, rows: Any, key: Any
   ) -> tuple[Any, Metrics]:
-    batch = select(state.params['actor'], take(batch, rows), key)
+    if recipe.rl.num_minibatches > 1:  # a gather would move rows of one too
+      batch = take(batch, rows)
+    batch = select(state.params['actor'], batch, key)
     batch = measure(state.params['actor'], batch)
     return rl_step(state, {}, weigh(batch))
 

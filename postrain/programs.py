@@ -57,7 +57,7 @@ class Programs:
   ):  # fmt: skip
     self.recipe, self.environment = recipe, environment
     self.states, self.evaluator = states, evaluator
-    self._batch: Any = None  # its structure, known from the first tracing
+    self._batches: dict[tuple, Any] = {}  # structures, by shape of the tokens
     # What comes out is laid out as it goes in: said, not left to the compiler,
     # for all is compiled before anything exists, and once.
     rows, same = sharding.rows(states.mesh), sharding.replicated(states.mesh)
@@ -87,7 +87,7 @@ class Programs:
   def prepare(self, *arguments: Any) -> tuple[Batch, Metrics, dict[str, Any]]:
     """That of `Algorithm`."""
     leaves, *rest = self._prepare(*arguments)
-    return jax.tree.unflatten(self._batch, leaves), *rest
+    return self._batch(leaves), *rest
 
   def update(
     self, state: TrainState, batch: Batch, rows: Any, key: Any
@@ -100,16 +100,20 @@ class Programs:
   def _to_leaves(self, prepare: Callable) -> Callable:
     def prepared(*arguments: Any) -> tuple:
       batch, *rest = prepare(*arguments)
-      leaves, self._batch = jax.tree.flatten(batch)
+      leaves, structure = jax.tree.flatten(batch)
+      self._batches[leaves[0].shape] = structure
       return leaves, *rest
 
     return prepared
 
   def _from_leaves(self, update: Callable) -> Callable:
     def updated(state: TrainState, leaves: list, *rest: Any) -> tuple:
-      return update(state, jax.tree.unflatten(self._batch, leaves), *rest)
+      return update(state, self._batch(leaves), *rest)
 
     return updated
+
+  def _batch(self, leaves: list) -> Batch:
+    return jax.tree.unflatten(self._batches[leaves[0].shape], leaves)
 
   def rehearse(self) -> None:
     """Trace a step of each kind on shapes alone: nothing is compiled or run.

@@ -89,7 +89,7 @@ def test_gradient_is_that_of_repeated_prompts(kind, num_micro_batches):
       functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-11 * scale),
       found, wanted,
     )  # fmt: skip
-  assert finish(metrics) == pytest.approx(finish(figures), rel=1e-9)
+    assert finish(metrics) == pytest.approx(finish(figures), rel=1e-9)
 
 
 @pytest.mark.parametrize('num_slices', [1, 2])
