@@ -1,7 +1,7 @@
 """Rotary positions, and attention over levels of shared keys."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class View(NamedTuple):
   cos: Float[Array, '*K B N 1 half']
   sin: Float[Array, '*K B N 1 half']
   visible: Bool[Array, '*K B N S']
-  at: Int[Array, '*K'] | None = None
+  at: Any = None  # Int[Array, '*K']
 
 
 class Level(NamedTuple):

@@ -93,7 +93,7 @@ class Layer(NamedTuple):
 
   past: tuple[Level, ...] = ()
   own: Level | None = None
-  kind: Int[Array, ''] | int | None = None
+  kind: Any = None  # a number, Int[Array, ''] in a scan
   experts: Int[Array, 'B N K'] | None = None
 
 

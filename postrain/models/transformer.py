@@ -89,8 +89,10 @@ class Transformer(nn.Module):
       for i in range(c.num_layers)
     ]
     run = served_blocks if self.served else blocks
-    keep = after is not None and after.segment_ids.shape[1] > 0
-    x, (levels, captured) = run(c, self.capture, x, views, layers, keep)
+    kept = after if after and after.segment_ids.shape[1] else None
+    x, (levels, captured) = run(
+      c, self.capture, x, views, layers, kept is not None
+    )
 
     def weight(name: str, init: Any) -> Array:
       return self.weight(name, init, (c.model_dim,), ('width',))
@@ -98,9 +100,9 @@ class Transformer(nn.Module):
     hidden = normalized(c, weight, 'final_norm', x)
     if 'experts' in captured:
       captured['experts'] = jnp.moveaxis(captured['experts'], 0, 2)
-    if keep:
+    if kept is not None:
       keys, values = zip(*levels, strict=True)
-      after = after._replace(keys=keys, values=values)
+      after = kept._replace(keys=keys, values=values)
     return hidden, after, captured
 
 
