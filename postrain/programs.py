@@ -287,7 +287,7 @@ def _minibatches(
     minibatch_key(recipe.seed, iteration, epoch),
     choices.num_prompts * recipe.sampling.num_samples,
     choices.num_minibatches,
-    unit_size=1,
+    unit_size=recipe.unit_size,
   )
   steps = step + jnp.arange(choices.num_minibatches)
   keys = jax.vmap(lambda s: run_key(recipe.seed, 'selection', s))(steps)

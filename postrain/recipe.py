@@ -175,6 +175,11 @@ class Recipe:
   chunk_size: int  # time positions whose logits exist at once
 
   @property
+  def unit_size(self) -> int:
+    """Rows of a rollout that stay together in minibatches."""
+    return self.sampling.num_samples if self.rl.share_prompts else 1
+
+  @property
   def num_steps(self) -> int:
     """Steps of the run: supervised ones, then rollout iterations."""
     return self.sft.num_steps + self.rl.num_iterations

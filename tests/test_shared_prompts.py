@@ -11,9 +11,11 @@ from postrain import losses, objectives
 from postrain.algorithm import make_algorithm
 from postrain.batches import check_packing, together
 from postrain.models.transformer import Config, transformer
-from postrain.recipe import make_recipe
+from postrain.programs import _minibatches as minibatches
+from postrain.recipe import Recipe, make_recipe
 from postrain.scoring import read_states, score
 from postrain.train_step import accumulate, finish
+from postrain.trainer import Trainer
 from postrain.types import Batch, SharedPrompts, TrainState
 from tests import tiny
 from tests.tiny import quick_compiler as quick_compiler
@@ -191,3 +193,32 @@ def test_an_update_without_rescoring_is_the_same():
   )  # fmt: skip
   for name in ('loss', 'gradient_norm', 'sampler/logprob_gap_max'):
     assert others[name] == pytest.approx(figures[name], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize('shares', [True, False])
+def test_minibatches_of_a_run_keep_groups_whole(shares):
+  recipe, *_ = algorithm(num_minibatches=2, share_prompts=shares)
+  rows, _ = minibatches(recipe, 0, 0, 0)
+  size = recipe.sampling.num_samples
+  groups = [np.bincount(r // size, minlength=recipe.rl.num_prompts)
+            for r in map(np.asarray, rows)]  # fmt: skip
+  assert np.all(np.sum(groups, axis=0) == size)
+  assert shares == all(np.isin(g, (0, size)).all() for g in groups)
+
+
+def test_several_updates_of_shared_prompts_are_those_of_repeated_ones(
+  tmp_path, monkeypatch
+):
+  """Through the trainer, both cut into minibatches by groups."""
+  monkeypatch.setattr(Recipe, 'unit_size', property(lambda recipe: GROUP))
+  found = {}
+  for shares in (True, False):
+    config = tiny.arithmetic()
+    GROUP = config.sampling.num_samples
+    config.rl.update(num_minibatches=2, share_prompts=shares)
+    config.rl.num_iterations, config.sft.num_steps = 1, 0
+    found[shares] = Trainer(config, str(tmp_path / str(shares))).run().params
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5),
+    found[True], found[False],
+  )  # fmt: skip
