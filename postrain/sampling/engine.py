@@ -24,15 +24,19 @@ from postrain.types import Model, Samples, Scalar
 
 
 class _Work(NamedTuple):
-  """What is sampled: constants of the loop.
+  """What a loop over slots reads.
 
   ``queue`` holds the numbers of the sequences, of which the first ``count``
-  wait for a slot; ``bank`` the cache of each prompt.
+  wait for a slot; ``bank`` is the cache of the prompts.
   """
 
+  run: Callable
+  unembed: Callable
+  draw: Callable
+  stops: Int[Array, ' N']
+  keys: Key[Array, ' B']
   queue: Int[Array, ' B']
   count: Int[Array, '']
-  keys: Key[Array, ' B']
   lengths: Int[Array, ' P']
   bank: Cache
 
@@ -121,47 +125,28 @@ def sample_in_slots(
     prompt_ids = jnp.arange(len(prompts))
   keys = sequence_keys(key, prompt_ids, num_samples)
   num_slots = min(num_slots, len(keys))
-  draw = functools.partial(
-    choose, record_kept=record_kept, filters=dict(
-      temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    ),
-  )  # fmt: skip
+  filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+  draw = functools.partial(choose, record_kept=record_kept, filters=filters)
   capture = ('experts',) if record_routing else ()
   run = functools.partial(forward, model, capture=capture)
   hidden, bank, routing = prefill(model, run, params, prompts, prompt_mask)
   params = served(model, params)
-  first, logprobs = _first_tokens(model, params, hidden, keys, draw, num_slots)
+  unembed = functools.partial(model.unembed, params)
+  first, logprobs = _first_tokens(unembed, draw, hidden, keys, num_slots)
   samples = empty_samples(first, logprobs, max_new_tokens, pad_id)
   samples = with_experts(samples, prompt_mask, routing)
   rows = jnp.arange(len(keys), dtype=jnp.int32)
-  samples = _write(samples, rows, jnp.zeros_like(rows), first, logprobs)
   stops = jnp.asarray(tuple(stop_ids), prompts.dtype)
-  stopped = jnp.isin(first.tokens, stops)
-  ended = stopped | (max_new_tokens == 1)
+  samples, waits = _put(samples, rows, 0 * rows, first, logprobs, stops)
   work = _Work(
-    queue=jnp.argsort(ended, stable=True).astype(jnp.int32),
-    count=(~ended).sum(dtype=jnp.int32),
-    keys=keys,
+    functools.partial(run, params), unembed, draw, stops, keys,
+    queue=jnp.argsort(~waits, stable=True).astype(jnp.int32),
+    count=waits.sum(dtype=jnp.int32),
     lengths=prompt_mask.sum(-1, dtype=jnp.int32),
     bank=bank,
-  )
-  slots = _idle(
-    model, work, samples._replace(truncated=ended & ~stopped), num_slots
-  )
-  decode = functools.partial(
-    _decode, model, params, work=work, run=run, draw=draw, stops=stops
-  )
-  sizes = [num_slots >> i for i in range(num_halvings + 1) if num_slots >> i]
-  for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
-    slots = _shrunk(slots, size)
-
-    def busy(slots: _Slots, enough: int = next_size) -> Array:
-      return (slots.taken < work.count) | (slots.live.sum() > enough)
-
-    # The queue is empty when the slots shrink.
-    fill = functools.partial(_refill, work) if size == num_slots else _same
-    slots = jax.lax.while_loop(busy, lambda s, f=fill: decode(f(s)), slots)
-  return slots.samples
+  )  # fmt: skip
+  slots = _idle(model, bank, samples, num_slots)
+  return _emptied(work, slots, num_halvings).samples
 
 
 def _check(model: Model, num_slots: int, num_halvings: int) -> None:
@@ -180,9 +165,8 @@ def _check(model: Model, num_slots: int, num_halvings: int) -> None:
 
 
 def _first_tokens(
-  model: Model, params: Any, hidden: Array, keys: Array, draw: Callable,
-  num_slots: int,
-) -> tuple[Draw, Array]:  # fmt: skip
+  unembed: Callable, draw: Callable, hidden: Array, keys: Array, num_slots: int
+) -> tuple[Draw, Array]:
   """Draw the first token of every sequence.
 
   In slices, lest the logits of the whole queue exist at once.
@@ -190,8 +174,7 @@ def _first_tokens(
   num_samples = len(keys) // len(hidden)
 
   def begin(piece: tuple[Array, Array]) -> tuple[Draw, Array]:
-    logits = model.unembed(params, piece[0][None])
-    logits = jnp.repeat(logits, num_samples, axis=0)
+    logits = jnp.repeat(unembed(piece[0][None]), num_samples, axis=0)
     return draw(logits, jnp.int32(0), keys=piece[1])
 
   grouped = keys.reshape(len(hidden), num_samples)
@@ -200,14 +183,40 @@ def _first_tokens(
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
+def _put(
+  samples: Samples, rows: Array, step: Array, drawn: Draw, logprobs: Array,
+  stops: Array,
+) -> tuple[Samples, Array]:  # fmt: skip
+  """Write a token of each row into its column; also tell which rows go on.
+
+  Rows beyond the last are dropped.
+  """
+
+  def put(buffer: Any, value: Array) -> Array:
+    value = value.astype(buffer.dtype)
+    return buffer.at[rows, step].set(value, mode='drop')
+
+  stopped = jnp.isin(drawn.tokens, stops)
+  full = step + 1 == samples.tokens.shape[1]
+  samples = samples._replace(
+    tokens=put(samples.tokens, drawn.tokens),
+    mask=put(samples.mask, jnp.ones_like(stopped)),
+    sampler_logprobs=put(samples.sampler_logprobs, drawn.logprobs),
+    model_logprobs=put(samples.model_logprobs, logprobs),
+    truncated=samples.truncated.at[rows].set(full & ~stopped, mode='drop'),
+    kept=None if drawn.kept is None else put(samples.kept, drawn.kept),
+  )
+  return samples, ~stopped & ~full
+
+
 def _idle(
-  model: Model, work: _Work, samples: Samples, num_slots: int
+  model: Model, bank: Cache, samples: Samples, num_slots: int
 ) -> _Slots:
   """Slots in which nothing runs."""
   length = max(samples.tokens.shape[1] - 1, 1)
   prefix = jax.tree.map(
     lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype) if x.ndim else x,
-    work.bank,
+    bank,
   )
   return _Slots(
     row=jnp.zeros(num_slots, jnp.int32),
@@ -219,7 +228,21 @@ def _idle(
   )
 
 
-def _same(slots: _Slots) -> _Slots:
+def _emptied(work: _Work, slots: _Slots, num_halvings: int) -> _Slots:
+  """Run until the queue and all slots are empty, at last in fewer slots."""
+  size = len(slots.live)
+  halves = [size >> i for i in range(1, num_halvings + 1) if size >> i]
+
+  def run(slots: _Slots, step: Callable, enough: int) -> _Slots:
+    def busy(slots: _Slots) -> Array:
+      return (slots.taken < work.count) | (slots.live.sum() > enough)
+
+    return _shrunk(jax.lax.while_loop(busy, step, slots), enough)
+
+  first, *others = [*halves, 0]
+  slots = run(slots, lambda slots: _decode(work, _refill(work, slots)), first)
+  for enough in others:
+    slots = run(slots, functools.partial(_decode, work), enough)
   return slots
 
 
@@ -262,64 +285,32 @@ def _refill(work: _Work, slots: _Slots) -> _Slots:
   )
 
 
-def _decode(
-  model: Model, params: Any, slots: _Slots, *, work: _Work, run: Callable,
-  draw: Callable, stops: Array,
-) -> _Slots:  # fmt: skip
+def _decode(work: _Work, slots: _Slots) -> _Slots:
   """Give each running sequence a token."""
   row, step, live, samples = slots.row, slots.step, slots.live, slots.samples
-  hidden, cache, routing = run(
-    params,
-    samples.tokens[row, step - 1].astype(stops.dtype)[:, None],
+  hidden, cache, routing = work.run(
+    samples.tokens[row, step - 1].astype(work.stops.dtype)[:, None],
     positions=(work.lengths[work.prompt(row)] + step - 1)[:, None],
     segment_ids=jnp.where(live, row + 1, 0)[:, None],
     cache=slots.cache,
   )
-  logits = model.unembed(params, hidden[:, 0])
-  drawn, logprobs = draw(logits, step, keys=work.keys[row])
-  # Rows beyond the last are dropped.
+  logits = work.unembed(hidden[:, 0])
+  drawn, logprobs = work.draw(logits, step, keys=work.keys[row])
   rows = jnp.where(live, row, len(work.keys))
-  samples = _write(samples, rows, step, drawn, logprobs)
   if samples.experts is not None:
     place = samples.experts.shape[1] - samples.tokens.shape[1] + step - 1
-    samples = samples._replace(
-      experts=samples.experts.at[rows, place].set(
-        routing['experts'][:, 0], mode='drop'
-      )
+    visited = samples.experts.at[rows, place].set(
+      routing['experts'][:, 0], mode='drop'
     )
-  stopped = jnp.isin(drawn.tokens, stops)
-  full = step + 1 == samples.tokens.shape[1]
-  truncated = samples.truncated.at[rows].set(full & ~stopped, mode='drop')
+    samples = samples._replace(experts=visited)
+  samples, goes = _put(samples, rows, step, drawn, logprobs, work.stops)
   return slots._replace(
-    step=step + 1,
-    live=live & ~stopped & ~full,
-    cache=cache,
-    samples=samples._replace(truncated=truncated),
-  )
-
-
-def _write(
-  samples: Samples, rows: Array, step: Array, drawn: Draw, logprobs: Array
-) -> Samples:
-  """Put a drawn token into each row's own column."""
-
-  def put(buffer: Any, value: Array) -> Array:
-    value = value.astype(buffer.dtype)
-    return buffer.at[rows, step].set(value, mode='drop')
-
-  return samples._replace(
-    tokens=put(samples.tokens, drawn.tokens),
-    mask=put(samples.mask, jnp.ones_like(rows, bool)),
-    sampler_logprobs=put(samples.sampler_logprobs, drawn.logprobs),
-    model_logprobs=put(samples.model_logprobs, logprobs),
-    kept=None if drawn.kept is None else put(samples.kept, drawn.kept),
+    step=step + 1, live=live & goes, cache=cache, samples=samples
   )
 
 
 def _shrunk(slots: _Slots, size: int) -> _Slots:
   """The first ``size`` slots, running ones first."""
-  if size == len(slots.live):
-    return slots
   order = jnp.argsort(~slots.live, stable=True)[:size]
 
   def rows(tree: Any) -> Any:

@@ -84,11 +84,10 @@ def sample(
   if prompt_ids is None:
     prompt_ids = jnp.arange(len(prompts))
   keys = sequence_keys(key, prompt_ids, num_samples)
+  filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
   chosen = functools.partial(
-    choose, keys=keys, record_kept=record_kept, filters=dict(
-      temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    ),
-  )  # fmt: skip
+    choose, keys=keys, record_kept=record_kept, filters=filters
+  )
   lengths = jnp.repeat(prompt_mask.sum(-1, dtype=jnp.int32), num_samples)
   stops = jnp.asarray(tuple(stop_ids), prompts.dtype)
   capture = ('experts',) if record_routing else ()
