@@ -63,6 +63,8 @@ def get_config() -> ConfigDict:
         top_k=config_dict.placeholder(int),
         top_p=config_dict.placeholder(float),
         min_p=config_dict.placeholder(float),
+        num_slots=config_dict.placeholder(int),
+        num_halvings=3,
       ),
       sft=dict(
         num_steps=0,

@@ -32,7 +32,7 @@ from postrain.couplings import (
 )
 from postrain.preparation import bind_advantage, make_prepare, uses_reference
 from postrain.recipe import Block, Recipe
-from postrain.sampling import sample
+from postrain.sampling import sample, sample_in_slots
 from postrain.train_step import make_train_step
 from postrain.types import (
   Batch,
@@ -214,10 +214,18 @@ def _make_sample(
       choices, num_samples=1, temperature=0, top_k=None, top_p=None, min_p=None
     )
 
+  how = sample
+  if choices.num_slots is not None:
+    how = functools.partial(
+      sample_in_slots,
+      num_slots=choices.num_slots,
+      num_halvings=choices.num_halvings,
+    )
+
   def draw(
     params: Params, prompts: Any, prompt_mask: Any, key: Any, prompt_ids: Any
   ) -> Samples:
-    return sample(
+    return how(
       model,
       params['actor'],
       prompts,

@@ -53,6 +53,7 @@ def check_assembly(
     micro = rows // recipe.rl.num_minibatches // recipe.rl.num_micro_batches
     part = recipe.rl.num_prompts // recipe.sampling.num_parts
     _check_shards('prompts of a part of a rollout', part, shards)
+    _check_slots(recipe, shards)
     _check_shards('rows of an rl micro-batch', micro, shards)
     if recipe.rl.share_prompts:
       micro //= recipe.sampling.num_samples
@@ -141,6 +142,17 @@ def _check_shards(name: str, number: int, shards: int) -> None:
       f'{name}: {number} do not divide over {shards} devices'
       ' (mesh.data x mesh.fsdp x mesh.expert)'
     )
+
+
+def _check_slots(recipe: Recipe, shards: int) -> None:
+  """Each number of slots must divide over the devices that share a batch."""
+  choices = recipe.sampling
+  if choices.num_slots is None:
+    return
+  rows = recipe.rl.num_prompts * choices.num_samples
+  for i in range(choices.num_halvings + 1):
+    size = min(choices.num_slots, rows) >> i
+    _check_shards(f'sampling.num_slots after {i} halvings', size, shards)
 
 
 def check_completions(

@@ -95,6 +95,12 @@ def _check(
       'the device loop has neither supervised steps nor dynamic sampling: set'
       ' sft.num_steps=0 and filter.informative_only=False, or use the trainer'
     )
+  if recipe.sampling.num_slots is not None:
+    raise ValueError(
+      f'sampling.num_slots={recipe.sampling.num_slots}: the runs of the device'
+      ' loop go in step, and no slot could be refilled before those of the'
+      ' others; set it to None, or use the trainer'
+    )
   for path, values in hyperparameters.items():
     if values.shape != seeds.shape:
       raise ValueError(

@@ -53,6 +53,8 @@ class Sampling:
   top_k: int | None
   top_p: Scalar | None
   min_p: Scalar | None
+  num_slots: int | None  # that are refilled as sequences end; None for a loop
+  num_halvings: int  # of the slots, when no sequence waits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,8 +260,6 @@ def _check_ranges(recipe: Recipe) -> None:
   for field, value in (('top_p', sampling.top_p), ('min_p', sampling.min_p)):
     if isinstance(value, int | float) and not 0 < value <= 1:
       raise ValueError(f'sampling.{field}={value}: it must be in (0, 1]')
-  if sampling.top_k is not None and sampling.top_k < 1:
-    raise ValueError(f'sampling.top_k={sampling.top_k}: it must be at least 1')
 
 
 def _check_groups(rl: Reinforcement) -> None:
@@ -299,6 +299,7 @@ def _check_positive(recipe: Recipe) -> None:
     raise ValueError(f'seed={recipe.seed}: it must be at least 0')
   zero_is_fine = {
     'sft': ('num_steps',),
+    'sampling': ('num_halvings',),
     'rl': ('num_iterations',),
     'evaluation': ('every', 'num_samples'),
     'logging': ('table_every',),
@@ -328,6 +329,8 @@ def _check_positive(recipe: Recipe) -> None:
     ('chunk_size', recipe.chunk_size),
     ('sft.num_examples', recipe.sft.num_examples),
     ('machine.memory_limit', recipe.machine.memory_limit),
+    ('sampling.top_k', recipe.sampling.top_k),
+    ('sampling.num_slots', recipe.sampling.num_slots),
   ):
     if value is not None and value < 1:
       raise ValueError(f'{field}={value}: it must be at least 1')

@@ -115,3 +115,8 @@ def test_one_number_for_each_run():
 def test_what_needs_the_host_is_refused(changes):
   with pytest.raises(ValueError, match='neither supervised steps nor dynamic'):
     device_loop.run(config(**changes), seeds=SEEDS)
+
+
+def test_slots_are_refused():
+  with pytest.raises(ValueError, match=r'num_slots=4.*set it to None'):
+    device_loop.run(config(sampling__num_slots=4), seeds=SEEDS)

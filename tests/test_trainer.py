@@ -126,6 +126,21 @@ def test_export_holds_the_trained_bits(
   assert equal(loaded.params, state.params['actor'])
 
 
+def test_slots_change_no_completion(
+  whole: tuple[pathlib.Path, TrainState], tmp_path: pathlib.Path
+) -> None:
+  config = tiny.arithmetic()
+  config.sampling.num_slots, config.sampling.num_halvings = 3, 1
+  config.evaluation.every = 0
+  run(config, tmp_path)
+  drawn = ('prompt', 'completion', 'reward')
+  found, expected = (
+    [[row[k] for k in drawn] for row in rows(directory, 'samples')]
+    for directory in (tmp_path, whole[0])
+  )
+  assert found == expected
+
+
 def test_finished_run_says_so_and_changes_nothing(
   whole: tuple[pathlib.Path, TrainState], capsys: pytest.CaptureFixture
 ) -> None:

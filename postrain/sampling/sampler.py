@@ -1,6 +1,6 @@
 """Sample groups of completions: prefill once a prompt, decode until all end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -80,24 +80,24 @@ def sample(
   Returns:
     Samples of ``B = P * num_samples`` rows, the samples of a prompt together.
   """
-  _check_bounded(record_kept, top_k)
+  check_bounded(record_kept, top_k)
   if prompt_ids is None:
     prompt_ids = jnp.arange(len(prompts))
   keys = sequence_keys(key, prompt_ids, num_samples)
-  choose = functools.partial(
-    _choose, keys=keys, temperature=temperature, top_k=top_k, top_p=top_p,
-    min_p=min_p, record_kept=record_kept,
-  )  # fmt: skip
+  filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+  chosen = functools.partial(
+    choose, keys=keys, record_kept=record_kept, filters=filters
+  )
   lengths = jnp.repeat(prompt_mask.sum(-1, dtype=jnp.int32), num_samples)
   stops = jnp.asarray(tuple(stop_ids), prompts.dtype)
   capture = ('experts',) if record_routing else ()
   run = functools.partial(forward, model, capture=capture)
-  last, prefix, routing = _prefill(model, run, params, prompts, prompt_mask)
+  last, prefix, routing = prefill(model, run, params, prompts, prompt_mask)
   params = served(model, params)
   logits = jnp.repeat(model.unembed(params, last), num_samples, axis=0)
-  first, model_logprobs = choose(logits, jnp.int32(0))
-  buffers = _empty_samples(first, model_logprobs, max_new_tokens, pad_id)
-  buffers = _with_experts(buffers, prompt_mask, routing)
+  first, model_logprobs = chosen(logits, jnp.int32(0))
+  buffers = empty_samples(first, model_logprobs, max_new_tokens, pad_id)
+  buffers = with_experts(buffers, prompt_mask, routing)
   done = jnp.zeros(len(keys), bool)
   state = _Loop(
     step=jnp.int32(1),
@@ -113,7 +113,7 @@ def sample(
       segment_ids=(~loop.done).astype(jnp.int32)[:, None], cache=loop.cache,
     )  # fmt: skip
     logits = model.unembed(params, hidden[:, 0])
-    drawn, model_logprobs = choose(logits, loop.step)
+    drawn, model_logprobs = chosen(logits, loop.step)
     samples = _write_experts(loop.samples, loop.step, routing, loop.done)
     return _Loop(
       step=loop.step + 1,
@@ -135,7 +135,8 @@ def served(model: Model, params: Any) -> Any:
   return params if model.serving is None else model.serving(params)
 
 
-def _check_bounded(record_kept: bool, top_k: int | None) -> None:
+def check_bounded(record_kept: bool, top_k: int | None) -> None:
+  """Refuse to record kept sets of any size."""
   if record_kept and top_k is None:
     raise ValueError(
       'record_kept=True needs top_k, which bounds the recorded set:'
@@ -143,7 +144,7 @@ def _check_bounded(record_kept: bool, top_k: int | None) -> None:
     )
 
 
-def _prefill(
+def prefill(
   model: Model, run: Callable, params: Any, prompts: Array, prompt_mask: Array
 ) -> tuple[Array, Any, dict[str, Array]]:
   """The last hidden state of each prompt, its cache, where its tokens went."""
@@ -157,20 +158,23 @@ def _prefill(
   return hidden[:, -1], cache, routing
 
 
-def _choose(
-  logits: Array, step: Array, *, keys: Array, record_kept: bool, **filters: Any
-) -> tuple[Draw, Array]:
+def choose(
+  logits: Array, step: Array, *, keys: Array, record_kept: bool,
+  filters: Mapping[str, Any],
+) -> tuple[Draw, Array]:  # fmt: skip
   """Draw at a completion position; also the plain model's log-prob."""
-  step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+  steps = jnp.broadcast_to(step, keys.shape)
+  step_keys = jax.vmap(jax.random.fold_in)(keys, steps)
   drawn = draw(logits, step_keys, **filters)
   if not record_kept:
     drawn = drawn._replace(kept=None)
   return drawn, token_logprobs(logits, drawn.tokens)
 
 
-def _empty_samples(
+def empty_samples(
   drawn: Draw, logprobs: Array, length: int, pad_id: int
 ) -> Samples:
+  """Completions without a token, of as many rows as were drawn for."""
   shape = (drawn.tokens.shape[0], length)
   kept = drawn.kept
   return Samples(
@@ -203,7 +207,7 @@ def _write(
   )
 
 
-def _with_experts(
+def with_experts(
   samples: Samples, valid: Array, routing: dict[str, Array]
 ) -> Samples:
   """Room for the experts of completions, behind those of the prompts."""
