@@ -30,7 +30,7 @@ Group = tuple[list[Completion], list[dict[str, Any]]]
 Blocks = Mapping[str, Mapping[str, Any]]
 
 GONE = (EOFError, ConnectionError)  # the other end
-PATIENCE = 1.0  # seconds that idle workers have to tidy up
+PATIENCE = 5.0  # seconds that idle workers have to tidy up
 
 
 class Judge:
@@ -96,16 +96,16 @@ class Judge:
       yield
     finally:
       self._wanted = 0
-      self._end()
+      self._end(PATIENCE)
 
   def _start(self) -> None:
     while len(self._workers) < self._wanted:
       self._workers.append(_Worker(self._blocks))
 
-  def _end(self) -> None:
+  def _end(self, patience: float) -> None:
     for worker in self._workers:
       worker.connection.close()
-    last = time.monotonic() + PATIENCE
+    last = time.monotonic() + patience
     while self._workers:
       self._workers.pop().end(max(last - time.monotonic(), 0.0))
 
@@ -115,7 +115,7 @@ class Judge:
     try:
       answers = self._answers(groups)
     except BaseException:
-      self._end()  # who may still be at work must not answer a later question
+      self._end(0.0)  # who is still at work must not answer a later question
       raise
     columns = zip(*answers, strict=True)
     return {

@@ -247,6 +247,12 @@ def test_rewards_that_fail(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message):
       trainer.run()
     assert not directory.exists()
+  with config.environment.unlocked():
+    config.environment.num_workers = 1
+  trainer.environment = Trainer(config, str(tmp_path / 'apart')).environment
+  with pytest.raises(ValueError, match="'length' returned None for row 0"):
+    trainer.run()
+  assert not directory.exists()
 
 
 def test_limit_that_truncates_every_completion(tmp_path: pathlib.Path) -> None:

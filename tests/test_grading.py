@@ -69,6 +69,38 @@ def test_workers_give_the_bits_of_this_process(judge: Judge) -> None:
   assert len(graders) <= 2
 
 
+def test_all_parts_are_sampled_for_before_one_is_graded(
+  judge: Judge, tmp_path: pathlib.Path
+) -> None:
+  config = tiny.text(tmp_path)
+  config.sampling.num_parts = 2
+  recipe = make_recipe(config)
+  environment = bind(environments, recipe.environment)(0, recipe.rewards)
+  events = []
+
+  def sample(params: Any, prompts: Any, *rest: Any) -> Samples:
+    events.append('sample')
+    tokens = jnp.ones((4 * len(prompts), 2), jnp.int32)
+    zeros = jnp.zeros(tokens.shape)
+    truncated = jnp.zeros(len(tokens), bool)
+    return Samples(tokens, tokens > 0, zeros, zeros, truncated)
+
+  def graded(prompts: Any, samples: Samples) -> dict[str, np.ndarray]:
+    events.append('grade')
+    completions = [Completion('', [], False)] * len(samples.tokens)
+    return judge(completions, [{**e, 'answer': '1'} for e in prompts.examples])
+
+  object.__setattr__(environment, 'rewards', graded)
+  programs, report = mock.Mock(spec=Programs), mock.MagicMock(spec=Report)
+  programs.sample, report.timer = sample, mock.MagicMock()
+  mesh = sharding.make_mesh()
+  collector = Collector(recipe, environment, mesh, programs)
+  _, _, rewards = collector._attempt({}, 0, 0, report)
+  assert events == ['sample', 'sample', 'grade', 'grade']
+  np.testing.assert_array_equal(rewards['position'], [0, 1, 2, 3] * 2)
+  assert os.getpid() not in rewards['process']
+
+
 def test_what_a_reward_returns_or_raises_reads_as_in_this_process(
   judge: Judge,
 ) -> None:
@@ -114,35 +146,3 @@ def test_a_worker_that_cannot_import_a_reward(
     judge.working(),
   ):
     judge(*rows(1, {}))
-
-
-def test_all_parts_are_sampled_for_before_one_is_graded(
-  judge: Judge, tmp_path: pathlib.Path
-) -> None:
-  config = tiny.text(tmp_path)
-  config.sampling.num_parts = 2
-  recipe = make_recipe(config)
-  environment = bind(environments, recipe.environment)(0, recipe.rewards)
-  events = []
-
-  def sample(params: Any, prompts: Any, *rest: Any) -> Samples:
-    events.append('sample')
-    tokens = jnp.ones((4 * len(prompts), 2), jnp.int32)
-    zeros = jnp.zeros(tokens.shape)
-    truncated = jnp.zeros(len(tokens), bool)
-    return Samples(tokens, tokens > 0, zeros, zeros, truncated)
-
-  def graded(prompts: Any, samples: Samples) -> dict[str, np.ndarray]:
-    events.append('grade')
-    completions = [Completion('', [], False)] * len(samples.tokens)
-    return judge(completions, [{**e, 'answer': '1'} for e in prompts.examples])
-
-  object.__setattr__(environment, 'rewards', graded)
-  programs, report = mock.Mock(spec=Programs), mock.MagicMock(spec=Report)
-  programs.sample, report.timer = sample, mock.MagicMock()
-  mesh = sharding.make_mesh()
-  collector = Collector(recipe, environment, mesh, programs)
-  _, _, rewards = collector._attempt({}, 0, 0, report)
-  assert events == ['sample', 'sample', 'grade', 'grade']
-  np.testing.assert_array_equal(rewards['position'], [0, 1, 2, 3] * 2)
-  assert os.getpid() not in rewards['process']
