@@ -117,7 +117,7 @@ class Trainer:
     programs = self._programs.needed(start)
     with compiling(programs, limit=recipe.machine.memory_limit):
       state = self._restore(checkpoints, start)
-    with self._report(start) as report:
+    with self.environment.grading(), self._report(start) as report:
       for step in range(start, recipe.num_steps):
         state = self._step(state, step, report)
         done = step + 1

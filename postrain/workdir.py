@@ -11,8 +11,9 @@ import sys
 from typing import Any
 
 FILES = ('metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
-# Blocks of a config that change no bit of what a run ends with.
-APART = ('logging', 'machine')
+# What changes no bit of what a run ends with: blocks of a config, and fields.
+WORKERS = ('environment.num_workers', 'environment.timeout')
+APART = ('logging', 'machine', *WORKERS)
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 

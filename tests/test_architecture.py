@@ -34,8 +34,8 @@ LAYERS = (
     *('actors', 'algorithm', 'binding', 'checks', 'collection'),
     'compilation',
     *('device_loop', 'programs'),
-    *('environments', 'evaluator', 'exam', 'policies', 'preparation'),
-    *('recipe', 'states', 'streaming', 'trainer'),
+    *('environments', 'evaluator', 'exam', 'grading', 'policies'),
+    *('preparation', 'recipe', 'states', 'streaming', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}

@@ -112,6 +112,15 @@ FIELDS = [
   ('text', {'rewards.length.name': 'lenght'}, "has no 'lenght'"),
   ('text', {'rewards.length.name': 'tiny:none'}, "'tiny:none' cannot be imp"),
   ('text', {'rewards.length.power': 2}, "no hyperparameter 'power'"),
+  ('text', {'environment.num_workers': -1}, 'num_workers=-1: it must be at'),
+  ('text', {'environment.num_workers': 1.5}, 'num_workers=1.5 is not of'),
+  ('text', {'environment.timeout': 5.0}, 'timeout=5.0 with num_workers=0'),
+  ('text', {'environment.timeout': NAN}, 'timeout=nan is not of type'),
+  (
+    'text',
+    {'environment.num_workers': 1, 'environment.timeout': 0.0},
+    'timeout=0.0 with num_workers=1: it must be a positive number of seconds',
+  ),
   (
     'text',
     {'environment.completion': None, 'sft.num_steps': 2},
@@ -246,6 +255,12 @@ def test_rewards_that_fail(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message):
       trainer.run()
     assert not directory.exists()
+  with config.environment.unlocked():
+    config.environment.num_workers = 1
+  trainer.environment = Trainer(config, str(tmp_path / 'apart')).environment
+  with pytest.raises(ValueError, match="'length' returned None for row 0"):
+    trainer.run()
+  assert not directory.exists()
 
 
 def test_limit_that_truncates_every_completion(tmp_path: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from postrain import device_loop, hub, metrics
+from postrain import device_loop, grading, hub, metrics
 from postrain.trainer import Trainer
 from postrain.types import Batch, Samples, TrainState
 
@@ -406,8 +406,11 @@ def test_supervised_run_on_texts(tmp_path: pathlib.Path) -> None:
   assert rows(tmp_path / 'next')[0]['loss'] < found[2]['loss']
 
 
-def test_rewards_of_the_host(tmp_path: pathlib.Path) -> None:
-  run(tiny.text(tmp_path), tmp_path / 'run')
+def test_rewards_of_the_host(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config = tiny.text(tmp_path)
+  run(config, tmp_path / 'run')
   (row,) = rows(tmp_path / 'run')
   assert row['reward'] == pytest.approx(
     0.1 * row['reward/length'] + row['reward/finished']
@@ -416,6 +419,17 @@ def test_rewards_of_the_host(tmp_path: pathlib.Path) -> None:
     assert sample['reward/length'] == sample['length']
     assert sample['reward/finished'] == (not sample['truncated'])
     assert sample['prompt'][1::2] in ('+=', '+')
+  # Processes of their own change nothing, and end with the run.
+  with config.environment.unlocked():
+    config.environment.num_workers = 1
+  ended = []
+  monkeypatch.setattr(
+    grading._Worker, 'end', lambda this, _: ended.append(this._process.wait())
+  )
+  run(config, tmp_path / 'apart')
+  assert ended == [0]
+  for name in ('metrics', 'samples'):
+    assert rows(tmp_path / 'apart', name) == rows(tmp_path / 'run', name)
 
 
 def test_mesh_of_two_gives_the_same_first_step(tmp_path: pathlib.Path) -> None:

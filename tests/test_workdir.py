@@ -40,6 +40,16 @@ def test_differences_name_fields() -> None:
   assert workdir.differences(ours, ours) == []
 
 
+def test_differences_leave_out_what_changes_no_bit() -> None:
+  ours = {'machine': {'memory_limit': None}, 'environment': {'train': 'a'}}
+  theirs = {
+    'machine': {'memory_limit': 1},
+    'environment': {'train': 'b', 'num_workers': 4, 'timeout': 5.0},
+  }
+  differing = ["environment.train: 'a' there, 'b' here"]
+  assert workdir.differences(ours, theirs) == differing
+
+
 @pytest.mark.parametrize('content', ['{"model": 1}', '[]', 'not JSON', ''])
 def test_config_file_of_others(content: str, tmp_path: pathlib.Path) -> None:
   (tmp_path / 'config.json').write_text(content)

@@ -1,6 +1,7 @@
 """What a trainer knows of where prompts come from and what rewards them."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -31,6 +32,8 @@ class Environment:
     rewards: (prompts, samples) -> {label: [B]} in the order of the config.
     weights: label -> weight in the sum that trains.
     text: token ids -> text.
+    grading: () -> a context; inside of it rewards may have processes of their
+      own.
     tokenizer: of the export, None if there is none.
     device_task: the task, where rewards are jittable.
   """
@@ -48,6 +51,9 @@ class Environment:
   rewards: Callable[[Prompts, Samples], dict[str, np.ndarray]]
   weights: dict[str, float]
   text: Callable[[Any], str]
+  grading: Callable[[], contextlib.AbstractContextManager] = (
+    contextlib.nullcontext
+  )
   tokenizer: Any = None
   device_task: Task | None = None
 

@@ -7,11 +7,10 @@ from typing import Any, Literal
 import numpy as np
 
 from postrain import data, tokenizers
-from postrain import rewards as reward_functions
 from postrain.binding import bind
 from postrain.environments.record import Environment, reward_weights
-from postrain.rewards.scores import score_completions
-from postrain.types import Completion, Prompts, RewardFn, Samples
+from postrain.grading import Judge
+from postrain.types import Completion, Prompts, Samples
 
 
 def text(
@@ -31,6 +30,8 @@ def text(
   max_length: int,
   too_long: Literal['error', 'drop'] = 'error',
   stop_ids: tuple | None = None,
+  num_workers: int = 0,
+  timeout: float | None = None,
 ) -> Environment:
   """Prompts from JSON lines, completions judged as text.
 
@@ -53,6 +54,10 @@ def text(
     max_length: tokens of a demonstration with its prompt.
     too_long: what becomes of examples over these limits.
     stop_ids: end a completion; None for the tokenizer's end of sequence.
+    num_workers: processes that work out the rewards during a run; 0 for none
+      beside that of the run.
+    timeout: seconds that a reward may take over the completions of a prompt,
+      which only workers can be held to; None for no limit.
   """
   fields = [f for f in (prompt, completion, conversations) if f is not None]
   examples = _examples(train, fields, prompt)
@@ -80,8 +85,7 @@ def text(
     demonstration_length=max_length,
     **_prompts(seed, max_prompt_length, known, others),
     **_learnt(seed, max_length, learnt),
-    weights=reward_weights(rewards),
-    rewards=functools.partial(_judge, _functions(rewards), stops, made),
+    **_rewards(rewards, stops, made, prompt, num_workers, timeout),
     text=functools.partial(_decode, made),
     tokenizer=made,
   )
@@ -216,13 +220,24 @@ def _vocab_size(tokenizer: Any) -> int:
   return max(tokenizer.get_vocab().values()) + 1
 
 
-def _functions(rewards: Mapping[str, Any]) -> dict[str, RewardFn]:
-  return {
-    label: bind(
-      reward_functions, {k: v for k, v in block.items() if k != 'weight'}
-    )
+def _rewards(
+  rewards: Mapping[str, Any], stops: Sequence[int], tokenizer: Any,
+  prompt: str, num_workers: int, timeout: float | None,
+) -> dict[str, Any]:  # fmt: skip
+  """What an environment has of rewards."""
+  weights = reward_weights(rewards)
+  blocks = {
+    label: {k: v for k, v in block.items() if k != 'weight'}
     for label, block in rewards.items()
   }
+  judge = Judge(blocks, prompt=prompt, num_workers=num_workers, timeout=timeout)
+  return dict(
+    weights=weights,
+    rewards=lambda drawn, samples: judge(
+      _completions(samples, stops, tokenizer), drawn.examples
+    ),
+    grading=judge.working,
+  )
 
 
 def _examples(
@@ -254,20 +269,6 @@ def _tokenizer(
     )
   tokenizers.check(made, _vocab_size(made), stop_ids=stop_ids)
   return made, (made.eos_token_id,) if stop_ids is None else tuple(stop_ids)
-
-
-def _judge(
-  functions: Mapping[str, RewardFn], stops: Sequence[int], tokenizer: Any,
-  drawn: Prompts, samples: Samples,
-) -> dict[str, np.ndarray]:  # fmt: skip
-  """Each reward of each completion."""
-  num_samples = len(samples.tokens) // len(drawn.examples)
-  scores = score_completions(
-    functions,
-    _completions(samples, stops, tokenizer),
-    [e for e in drawn.examples for _ in range(num_samples)],
-  )
-  return dict(zip(functions, scores.rewards, strict=True))
 
 
 def _decode(tokenizer: Any, ids: Any) -> str:

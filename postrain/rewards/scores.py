@@ -54,7 +54,7 @@ def score_completions(
   rewards = np.zeros((len(reward_fns), len(completions)), np.float32)
   num_failures = np.zeros(len(reward_fns), np.int32)
   for index, (label, fn) in enumerate(reward_fns.items()):
-    values = _call(label, fn, completions, examples)
+    values = call_reward(label, fn, completions, examples)
     broken = [row for row, value in enumerate(values) if not _usable(value)]
     if broken and (
       failures == 'error' or len(broken) > max_failure_share * len(values)
@@ -65,12 +65,17 @@ def score_completions(
   return Scores(rewards, num_failures)
 
 
-def _call(
+def call_reward(
   label: str,
   fn: RewardFn,
   completions: list[Completion],
   examples: list[dict[str, Any]],
 ) -> list[Any]:
+  """Call a reward function: one value per completion, usable or not.
+
+  Raises:
+    ValueError: it raised, or returned something else; names the function.
+  """
   try:
     values = fn(completions, examples)
   except Exception as error:
