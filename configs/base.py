@@ -1,6 +1,6 @@
 """Every field of a config, with the choices that GRPO makes on each axis.
 
-No recipe by itself: it has no environment. See `postrain.recipe` for what the
+No recipe by itself: it has no environment. See `postrain.schema` for what the
 fields mean.
 """
 

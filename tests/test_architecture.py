@@ -35,7 +35,7 @@ LAYERS = (
     'compilation',
     *('device_loop', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
-    *('preparation', 'recipe', 'states', 'streaming', 'trainer'),
+    *('preparation', 'recipe', 'schema', 'states', 'streaming', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}

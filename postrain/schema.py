@@ -1,0 +1,189 @@
+"""The schema of a config: what a run needs, by name and type.
+
+A recipe has no defaults: a missing field is an error that says which, and so
+is one too many. Blocks with a ``name`` choose a function of a module and are
+checked by `postrain.binding.bind`.
+"""
+
+import dataclasses
+import typing
+
+from postrain.types import Scalar
+
+Block = dict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supervised:
+  """The warm-up, or the whole run: ``num_steps`` steps on demonstrations."""
+
+  num_steps: int
+  batch_size: int
+  num_examples: int | None  # distinct demonstrations; None for all there are
+  num_micro_batches: int
+  optimizer: Block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reinforcement:
+  """The online part: ``num_iterations`` rollouts and their updates."""
+
+  num_iterations: int
+  num_prompts: int  # of a rollout
+  num_epochs: int  # passes over a rollout
+  num_minibatches: int  # optimiser steps of a pass
+  num_micro_batches: int  # slices of an optimiser step
+  num_score_slices: int
+  rescore: bool  # old log-probs have a pass of their own; see `checks`
+  share_prompts: bool  # the model reads a prompt once for all its completions
+  optimizer: Block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How completions are drawn."""
+
+  num_samples: int  # of a prompt: the group
+  num_parts: int  # of a rollout: one is rewarded while the next is sampled
+  max_new_tokens: int
+  temperature: Scalar
+  top_k: int | None
+  top_p: Scalar | None
+  min_p: Scalar | None
+  num_slots: int | None  # that are refilled as sequences end; None for a loop
+  num_halvings: int  # of the slots, when no sequence waits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KL:
+  """The penalty for leaving the reference; a coefficient of None removes it."""
+
+  estimator: Block
+  reward_coef: Scalar | None
+  loss_coef: Scalar | None
+  aggregation: Block | None  # None: the one of the policy loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+  """How the reference moves: ``frozen``, ``ema`` or ``refresh``."""
+
+  update: typing.Literal['frozen', 'ema', 'refresh']
+  decay: float  # of ema, per iteration
+  every: int  # iterations between refreshes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Filter:
+  """Which data trains."""
+
+  overlong: typing.Literal['keep', 'mask']  # truncated completions
+  informative_only: bool  # dynamic sampling: groups of unequal rewards
+  max_rollouts: int  # sampled to fill an iteration with such groups
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+  """What a mixture of experts needs beside; of a dense model nothing.
+
+  Replay has the learner visit recorded experts: those of the sampler (R3), for
+  the old log-probs too, or those of the pass that made the old log-probs (R2).
+  The reference always routes by itself.
+  """
+
+  record: bool  # the sampler's routing, to measure where the learner's differs
+  replay: typing.Literal['sampler', 'old'] | None
+  balance_coef: Scalar | None
+  balance_over: typing.Literal['minibatch', 'sequence']  # shares of the load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """Held-out figures, graded by one of the rewards."""
+
+  every: int  # steps; 0 for never
+  grader: str  # label of a reward
+  threshold: float  # a reward of at least this counts as correct
+  num_prompts: int
+  batch_size: int  # prompts that are sampled at once
+  num_samples: int  # for pass@k; 0 for greedy alone
+  ks: tuple
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logging:
+  """What people see; no part of a run's identity."""
+
+  table_every: int  # steps between sample tables; 0 for never
+  tensorboard: bool
+  wandb_project: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+  """When the state is saved and how many stay."""
+
+  every: int
+  keep: int
+  export: bool  # a Hugging Face directory at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+  """What it runs on; no part of a run's identity."""
+
+  memory_limit: int | None  # bytes of a device; None for what it reports
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+  """Devices along each axis."""
+
+  data: int
+  fsdp: int
+  expert: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """One choice per axis, and the numbers of a run."""
+
+  seed: int
+  environment: Block
+  model: Block
+  rewards: Block  # label -> block with name and weight
+  sampling: Sampling
+  advantage: Block
+  loss: Block
+  aggregation: Block
+  selection: Block | None  # of `masks`, over each minibatch: see `couplings`
+  correction: Block | None
+  kl: KL
+  entropy_coef: Scalar | None
+  reference: Reference
+  routing: Routing
+  filter: Filter
+  sft: Supervised
+  rl: Reinforcement
+  evaluation: Evaluation
+  logging: Logging
+  checkpoint: Checkpoint
+  machine: Machine
+  mesh: Mesh
+  chunk_size: int  # time positions whose logits exist at once
+
+  @property
+  def unit_size(self) -> int:
+    """Rows of a rollout that stay together in minibatches."""
+    return self.sampling.num_samples if self.rl.share_prompts else 1
+
+  @property
+  def num_steps(self) -> int:
+    """Steps of the run: supervised ones, then rollout iterations."""
+    return self.sft.num_steps + self.rl.num_iterations
+
+  @property
+  def rollouts(self) -> int:
+    """Rollouts of an iteration, at most."""
+    return self.filter.max_rollouts if self.filter.informative_only else 1
