@@ -56,13 +56,12 @@ def agree(config: Any, loop: Any) -> float:
       jnp.int32(0), params, algorithm.rl_optimizer.init(params), None
     )
     for _ in range(recipe.rl.num_epochs):
-      rows = jnp.arange(len(repeated))
-      state, _ = algorithm.update(state, batch, rows, jax.random.key(0))
-    return state.params['actor'], repeated, samples.tokens, rewards.mean()
+      state, _ = algorithm.update(state, batch, None, jax.random.key(0))
+    return state.params['actor'], samples.tokens, rewards.mean()
 
-  found, repeated, tokens, reward = jax.jit(iteration)(params)
+  found, tokens, reward = jax.jit(iteration)(params)
   loop.start(jax.tree.map(np.asarray, params['actor']))
-  theirs = loop.learn(*(torch.tensor(np.int64(x)) for x in (repeated, tokens)))
+  theirs = loop.learn(*(torch.tensor(np.int64(x)) for x in (prompts, tokens)))
   gaps = [
     float(abs(np.asarray(found[k]) - v.detach().numpy()).max())
     for k, v in loop.params.items()

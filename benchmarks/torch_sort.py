@@ -13,10 +13,11 @@ import torch
 NAMES = ('embedding', 'encoder', 'decoder', 'kernel', 'bias')
 
 
-def logits(params: dict[str, Any], prompts: Any) -> Any:
-  """[B 4 10] of prompts [B 4]."""
+def logits(params: dict[str, Any], prompts: Any, num_samples: int) -> Any:
+  """[B 4 10] of prompts [P 4]; the samples of a prompt share its state."""
   x = params['embedding'][prompts]
   h = torch.einsum('bld,lde->be', x, params['encoder'])
+  h = h.repeat_interleave(num_samples, 0)
   z = torch.einsum('be,led->bld', h, params['decoder'])
   return z @ params['kernel'] + params['bias']
 
@@ -37,7 +38,8 @@ def loss(
   advantages: Any, config: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
   """PPO's clip and k3 to the reference, and the entropy that is logged."""
-  scores = logits(params, prompts).log_softmax(-1)
+  scores = logits(params, prompts, config.sampling.num_samples)
+  scores = scores.log_softmax(-1)
   logp = scores.gather(-1, tokens[..., None])[..., 0]
   ratio = torch.exp(logp - old)
   low, high = 1 - config.loss.clip_low, 1 + config.loss.clip_high
@@ -64,7 +66,9 @@ class Loop:
       k: torch.tensor(params[k], requires_grad=True) for k in NAMES
     }
     self.optimizer = torch.optim.Adam(
-      [*self.params.values()], lr=self.config.rl.optimizer.learning_rate
+      [*self.params.values()],
+      lr=self.config.rl.optimizer.learning_rate,
+      fused=True,
     )
     self.reference = {k: v.detach().clone() for k, v in self.params.items()}
 
@@ -72,19 +76,21 @@ class Loop:
     choices = self.config
     prompts = torch.randint(10, (choices.rl.num_prompts, 4))
     with torch.no_grad():
-      scores = self.logits(self.params, prompts)
+      scores = self.logits(self.params, prompts, 1)
       scores = scores.repeat_interleave(choices.sampling.num_samples, 0)
       tokens = (scores + gumbel_like(scores)).argmax(-1)
-    return prompts.repeat_interleave(choices.sampling.num_samples, 0), tokens
+    return prompts, tokens
 
   def learn(self, prompts: Any, tokens: Any) -> Any:
     config = self.config
+    num_samples = config.sampling.num_samples
     with torch.no_grad():
-      rewards = self.reward(prompts, tokens)
-      groups = rewards.view(-1, config.sampling.num_samples)
+      repeated = prompts.repeat_interleave(num_samples, 0)
+      rewards = self.reward(repeated, tokens)
+      groups = rewards.view(-1, num_samples)
       advantages = (groups - groups.mean(-1, keepdim=True)).view(-1, 1)
       old, ref = (
-        self.chosen(self.logits(p, prompts), tokens)
+        self.chosen(self.logits(p, prompts, num_samples), tokens)
         for p in (self.params, self.reference)
       )
     for _ in range(config.rl.num_epochs):

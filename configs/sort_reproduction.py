@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
   config = base.get_config()
   config.environment = dict(name='task', task=dict(name='sort', hold_out=False))
   config.model = dict(name='sort_policy', embed_dim=4)
-  config.rl.share_prompts = False  # the toy policy reads whole sequences
   config.rewards = dict(
     inclusion_ordering=dict(name='inclusion_ordering', weight=1.0),
     exact=dict(name='exact', weight=0.0),

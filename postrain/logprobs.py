@@ -164,6 +164,8 @@ def map_time_chunks(
   def chunk(inputs: tuple[Array, ...]) -> PyTree:
     return fn(unembed(inputs[0]), *inputs[1:])
 
+  if length <= chunk_size:  # nothing to save by computing anything twice
+    return chunk((hidden, *arrays))
   chunks = jax.tree.map(cut, (hidden, *arrays))
   # The scan already keeps the two computations of a chunk apart.
   policy = jax.checkpoint_policies.save_only_these_names('normalizer')

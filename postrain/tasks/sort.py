@@ -1,6 +1,7 @@
 """Sorting, after a lecture's toy: rewards that can be hacked, a tiny policy."""
 
 from collections.abc import Sequence
+import functools
 import math
 
 import jax
@@ -117,8 +118,8 @@ def exact(
   mask: Bool[Array, 'B T'],
 ) -> Float[Array, ' B']:
   """1[y = sort(x)]."""
-  right = distance(prompts, completions, mask)
-  return (right == prompts.shape[1]).astype(jnp.float32)
+  right = multiset_ordering(prompts, completions, mask)
+  return (right == 2 * prompts.shape[1] - 1).astype(jnp.float32)
 
 
 def render(ids: Sequence[int] | np.ndarray | Array) -> str:
@@ -172,22 +173,31 @@ def toy_policy(
     segment_ids: Int[Array, 'B N'],
     cache: Float[Array, 'B D'] | None = None,
   ) -> tuple[Float[Array, 'B N D'], Float[Array, 'B D'] | None]:
-    x = params['embedding'][tokens]
-    read = jax.nn.one_hot(positions, length, dtype=x.dtype)
-    write = jax.nn.one_hot(positions - (length - 1), length, dtype=x.dtype)
-    real = segment_ids > 0
+    # Products of all rows at once: batches of 4 x 4 ones are slow on a CPU.
+    table = jnp.einsum('vd,lde->lve', params['embedding'], params['encoder'])
+    table = table.reshape(-1, embed_dim)
+    reads = (positions < length) & (segment_ids > 0)
+    place = jnp.where(reads, positions * vocab_size + tokens, -1)
+    read = jax.nn.one_hot(place, len(table), dtype=bool)
     if cache is None:
       seen = segment_ids[:, :, None] == segment_ids[:, None, :]
+      h = jnp.einsum(
+        'bmn,bne->bme',
+        seen.astype(table.dtype),
+        read.astype(table.dtype) @ table,
+      )
     else:
-      seen = jnp.ones((*tokens.shape, 1), bool)
-    seen = (seen & real[:, None, :]).astype(x.dtype)
-    terms = jnp.einsum('bnd,bnl,lde->bne', x, read, params['encoder'])
-    h = jnp.einsum('bmn,bne->bme', seen, terms)
-    if cache is not None:
-      h = h + cache.astype(h.dtype)[:, None]
-      cache = h[:, -1]
-    z = jnp.einsum('bme,bml,led->bmd', h, write, params['decoder'])
-    return z, cache
+      cache = (
+        cache.astype(table.dtype) + read.any(1).astype(table.dtype) @ table
+      )
+      h = cache[:, None]
+    written = jax.nn.one_hot(positions - (length - 1), length, dtype=bool)
+    z = jnp.einsum('bme,led->bmld', h, params['decoder'])
+    # Selected, not multiplied: XLA's CPU kernel for sums of products is slow.
+    parts = [
+      jnp.where(written[..., l, None], z[:, :, l], 0) for l in range(length)
+    ]
+    return functools.reduce(jnp.add, parts), cache
 
   def unembed(params: dict[str, Array], hidden: Array) -> Array:
     logits = hidden @ params['kernel']
@@ -201,7 +211,9 @@ def toy_policy(
       return jnp.zeros((batch_size, embed_dim))
     return jnp.repeat(prefix, batch_size // prefix.shape[0], axis=0)
 
-  return Model(init, hidden, unembed, empty_cache, vocab_size)
+  return Model(
+    init, hidden, unembed, empty_cache, vocab_size, reads_prefix=True
+  )
 
 
 def _occurrences(prompts: Array, completions: Array, mask: Array) -> Array:
