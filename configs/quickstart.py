@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
   config.rl.num_iterations = 800
   config.rl.num_prompts = 64
   config.rl.num_minibatches = 4
+  config.rl.share_prompts = False  # minibatches of rows, not of groups
   config.rl.num_micro_batches = 2
   config.rl.num_score_slices = 4
   config.rl.optimizer = base.adamw(
