@@ -11,6 +11,7 @@ from typing import Any
 LEARNING_RATE = 1e-4
 BETA = 0.04  # of the KL in GRPO's loss
 DPO_BETA = 0.1
+REMAT = 'dots_with_no_batch_dims_saveable'
 PAD, EOS = 0, 1  # the other tokens are words, 't2' and so on
 
 
@@ -82,7 +83,9 @@ def run_config(
     prompt_length=shape.prompt_length,
     completion_length=shape.completion_length,
   )
-  config.model = dict(name='pretrained', directory=folder)
+  # Products with attention are done again in the backward pass: less memory,
+  # and on a CPU no more time.
+  config.model = dict(name='pretrained', directory=folder, remat=REMAT)
   config.rewards = dict(
     even=dict(name='benchmarks.peers.ours:even', weight=1.0)
   )
@@ -100,6 +103,7 @@ def run_config(
   config.sft.optimizer = optimizer
   config.rl.num_iterations = 0 if job == 'sft' else steps
   config.rl.num_prompts = shape.num_prompts
+  config.rl.rescore = False  # one update a rollout, as the others have it
   config.rl.num_micro_batches = micro_batches
   config.rl.num_score_slices = micro_batches
   config.rl.optimizer = optimizer

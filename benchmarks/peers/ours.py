@@ -23,7 +23,7 @@ from postrain.keys import run_key
 from postrain.scoring import score
 from postrain.train_step import finish, make_train_step
 from postrain.trainer import Trainer
-from postrain.types import Batch, TrainState
+from postrain.types import Batch, SharedPrompts, TrainState
 
 
 def even(completions: list, examples: list) -> list[float]:
@@ -131,9 +131,11 @@ def pairs(folder: str) -> Batch:
     for side in ('chosen', 'rejected')
   ])  # fmt: skip
   mask = np.ones(tokens.shape, bool)
-  mask[:, : len(protocol.ids(found[0]['prompt']))] = False
+  length = len(protocol.ids(found[0]['prompt']))
+  mask[:, :length] = False
   arrays = jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.asarray(mask)
-  return Batch(*arrays, weights={}, arrays={}, unit_size=2)
+  shared = SharedPrompts(length, num_samples=2)
+  return Batch(*arrays, weights={}, arrays={}, packing=shared, unit_size=2)
 
 
 def dpo(trainer: Trainer, given: Any) -> None:
@@ -152,7 +154,7 @@ def dpo(trainer: Trainer, given: Any) -> None:
   def prepare(params: Any, batch: Batch) -> Batch:
     scores = score(
       model, params, batch.tokens, batch.valid, batch.mask,
-      num_slices=given.micro_batches,
+      num_slices=given.micro_batches, packing=batch.packing,
     )  # fmt: skip
     arrays = {'ref_logprobs': scores.logprobs}
     return weigh_units(dataclasses.replace(batch, arrays=arrays))
