@@ -1,6 +1,6 @@
 """Slots that are refilled beside the plain loop, for completions that end.
 
-  python benchmarks/refill.py --shape=small --prompts=64 --samples=8
+  python benchmarks/refill.py --prompts=64
 
 A random model, float32, whose every 1 / mean-th token is a stop token, so that
 lengths are geometric with a mean of a quarter of the limit. The plain loop
@@ -93,7 +93,7 @@ def sides(shape: str, num_prompts: int, num_samples: int, num_slots: int,
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--shape', choices=SHAPES, default='small')
-  parser.add_argument('--prompts', type=int, default=64)
+  parser.add_argument('--prompts', type=int, default=8)
   parser.add_argument('--samples', type=int, default=8)
   parser.add_argument('--slots', type=int, default=64)
   parser.add_argument('--halvings', type=int, default=3)

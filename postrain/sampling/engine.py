@@ -118,6 +118,10 @@ def sample_in_slots(
 
   Raises:
     ValueError: the model has another kind of cache, or a number is too small.
+
+  References:
+    Yu et al. 2022, Orca: A Distributed Serving System for Transformer-Based
+    Generative Models, OSDI (scheduling by iteration).
   """
   check_bounded(record_kept, top_k)
   _check(model, num_slots, num_halvings)
