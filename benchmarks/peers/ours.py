@@ -73,9 +73,12 @@ def paced(
 
 
 def _written() -> dict[str, Any]:
-  """Wall seconds of the last step's phases, and all losses."""
+  """Wall seconds of the phases of the last step in the files, and all losses.
+
+  A step is written while the next one samples.
+  """
   given = protocol.options()
-  phases = _lines(given.workdir, 'timings')[-1]
+  phases = [{}, *_lines(given.workdir, 'timings')][-1]
   found = {
     name.removeprefix('seconds/'): value
     for name, value in phases.items()
@@ -88,7 +91,10 @@ def _written() -> dict[str, Any]:
 
 
 def _lines(folder: str, name: str) -> list[dict[str, Any]]:
-  with open(os.path.join(folder, f'{name}.jsonl'), encoding='utf-8') as lines:
+  path = os.path.join(folder, f'{name}.jsonl')
+  if not os.path.exists(path):
+    return []
+  with open(path, encoding='utf-8') as lines:
     return [json.loads(line) for line in lines]
 
 
