@@ -198,9 +198,10 @@ def test_m24_kto_tells_good_completions_from_bad():
 
   state = TrainState(jnp.int32(0), PARAMS, optimizer.init(PARAMS))
   found = []
-  for _ in range(20):
+  # How soon the last of the seven is told depends on rounding.
+  for _ in range(50):
     state, metrics = advance(state, batch, other)
     found.append(finish(metrics))
   assert found[0]['loss'] == pytest.approx(0.5)
-  assert found[-1]['loss'] < 0.45
+  assert found[-1]['loss'] < 0.2
   assert found[-1]['preference/accuracy'] > 0.9

@@ -1,6 +1,7 @@
 """Rewards in processes of their own: the same bits, and no silence."""
 
 from collections.abc import Iterator
+import importlib.util
 import os
 import pathlib
 import sys
@@ -139,8 +140,13 @@ def test_a_worker_that_cannot_import_a_reward(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   judge = Judge(BLOCKS, prompt='question', num_workers=1)
-  here = os.path.dirname(__file__)
-  monkeypatch.setattr('sys.path', [p for p in sys.path if p != here])
+  found = importlib.util.find_spec('judged')
+  assert found is not None
+  assert found.origin is not None
+  here = os.path.dirname(os.path.abspath(found.origin))
+  others = [p for p in sys.path if os.path.abspath(p) != here]
+  monkeypatch.setattr('sys.path', others)
+  monkeypatch.chdir('/')
   with (
     pytest.raises(ValueError, match="'judged:position' cannot be imported"),
     judge.working(),

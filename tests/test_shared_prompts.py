@@ -98,11 +98,13 @@ def test_gradient_is_that_of_repeated_prompts(kind, num_micro_batches):
 def test_scores_are_those_of_repeated_prompts(num_slices):
   model, params = model_of()
   x = batch()
-  wanted = score(model, params, x.tokens, x.valid, x.mask, temperature=0.7)
-  found = score(
-    model, params, x.tokens, x.valid, x.mask, temperature=0.7, chunk_size=4,
-    num_slices=num_slices, packing=SHARED,
-  )  # fmt: skip
+  run = functools.partial(score, model, temperature=0.7)
+  rows = params, x.tokens, x.valid, x.mask
+  wanted = jax.jit(run)(*rows)
+  run = functools.partial(
+    run, chunk_size=4, num_slices=num_slices, packing=SHARED
+  )
+  found = jax.jit(run)(*rows)
   for name in ('logprobs', 'entropy', 'model_logprobs'):
     np.testing.assert_allclose(
       getattr(found, name), getattr(wanted, name), rtol=0, atol=1e-5
@@ -112,18 +114,19 @@ def test_scores_are_those_of_repeated_prompts(num_slices):
 def test_routing_of_shared_prompts_is_recorded_and_replayed():
   model, params = model_of(**KINDS['experts'])
   x = batch()
-  wanted = score(
-    model, params, x.tokens, x.valid, x.mask, record_routing=True
-  ).experts
-  run = functools.partial(
-    score, model, params, x.tokens, x.valid, x.mask, packing=SHARED
-  )
-  np.testing.assert_array_equal(run(record_routing=True).experts, wanted)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(packing, experts=None):
+    return score(
+      model, params, x.tokens, x.valid, x.mask, packing=packing,
+      experts=experts, record_routing=True,
+    )  # fmt: skip
+
+  wanted = run(None).experts
+  np.testing.assert_array_equal(run(SHARED).experts, wanted)
   other = jnp.where(x.valid[..., None, None], 3 - wanted, -1)
-  repeated = score(
-    model, params, x.tokens, x.valid, x.mask, experts=other
-  ).logprobs
-  np.testing.assert_allclose(run(experts=other).logprobs, repeated, atol=1e-5)
+  found, repeated = run(SHARED, other), run(None, other)
+  np.testing.assert_allclose(found.logprobs, repeated.logprobs, atol=1e-5)
 
 
 def test_the_model_reads_each_prompt_once():
@@ -170,15 +173,19 @@ def first_update(**changes):
   prompts = jnp.full((recipe.rl.num_prompts, PROMPT), 2)
   mask = jnp.ones(prompts.shape, bool)
   ids = jnp.arange(len(prompts))
-  samples = functions.sample(params, prompts, mask, jax.random.key(1), ids)
+  samples = jax.jit(functions.sample)(
+    params, prompts, mask, jax.random.key(1), ids
+  )
   shape = (len(prompts), recipe.sampling.num_samples)
   rewards = jax.random.normal(jax.random.key(2), shape)
   signals = {'reward_parts': rewards[..., None]}
-  batch, figures, _ = functions.prepare(
+  batch, figures, _ = jax.jit(functions.prepare)(
     params, params['actor'], prompts, mask, samples, rewards, signals
   )
   rows = jnp.arange(rewards.size)
-  state, metrics = functions.update(state, batch, rows, jax.random.key(3))
+  state, metrics = jax.jit(functions.update)(
+    state, batch, rows, jax.random.key(3)
+  )
   return state.params, finish({**figures, **metrics}), batch
 
 
