@@ -55,7 +55,7 @@ class Algorithm(NamedTuple):
       advantages, and figures of each completion. The ``signals`` are those of
       `postrain.batches.assemble`.
     update: (state, batch, rows, key) -> (state, Metrics): one optimiser step on
-      the minibatch of ``rows``, None for all; the key is for masks that draw.
+      the minibatch of ``rows``; the key is for masks that draw.
     imitate: (state, tokens, valid, mask) -> (state, Metrics): one supervised
       step.
     move_reference: (ref_params, params, iteration) -> ref_params.

@@ -193,13 +193,11 @@ def _optimise(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
   choices = recipe.rl
 
-  def step(state: TrainState, rows: Array | None) -> tuple[TrainState, Metrics]:
+  def step(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
     key = run_key(seed, 'selection', state.step)
     return algorithm.update(state, batch, rows, key)
 
   def epoch(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
-    if choices.num_minibatches == 1:
-      return step(state, None)
     key = minibatch_key(seed, iteration, number)
     rows = minibatch_rows(
       key, len(batch.mask), choices.num_minibatches, unit_size=batch.unit_size

@@ -11,7 +11,7 @@ from postrain.environments import Environment
 from postrain.evaluation import pass_at_k
 from postrain.keys import run_key
 from postrain.recipe import Recipe
-from postrain.rollouts import fetched
+from postrain.rollouts import fetched, picked
 from postrain.sampling import sample
 from postrain.types import Model, Params, Prompts, Samples
 
@@ -103,6 +103,4 @@ class Evaluator:
     choices, prompts = self.recipe.evaluation, self._prompts
     for start in range(0, choices.num_prompts, choices.batch_size):
       ids = np.arange(start, start + choices.batch_size) % choices.num_prompts
-      examples = [prompts.examples[i] for i in ids]
-      part = Prompts(prompts.tokens[ids], prompts.mask[ids], examples)
-      yield part, ids.astype(np.int32)
+      yield picked(prompts, ids), ids.astype(np.int32)

@@ -24,17 +24,13 @@ def cut(prompts: Prompts, num_parts: int) -> list[tuple[Prompts, np.ndarray]]:
   if num_parts == 1:
     return [(prompts, places)]
   prompts = fetched(prompts)
-  return [
-    (
-      Prompts(
-        prompts.tokens[ids],
-        prompts.mask[ids],
-        [prompts.examples[i] for i in ids],
-      ),
-      ids,
-    )
-    for ids in np.split(places, num_parts)
-  ]
+  return [(picked(prompts, ids), ids) for ids in np.split(places, num_parts)]
+
+
+def picked(prompts: Prompts, ids: np.ndarray) -> Prompts:
+  """Some prompts of the host, by their numbers."""
+  examples = [prompts.examples[i] for i in ids]
+  return Prompts(prompts.tokens[ids], prompts.mask[ids], examples)
 
 
 def fetched(prompts: Prompts) -> Prompts:
@@ -81,11 +77,11 @@ def select_groups(
     return np.pad(x, ((0, 0), (missing, 0)), constant_values=value)
 
   prompts = Prompts(
-    np.concatenate([widen(p.tokens, pad_id) for p, *_ in parts])[groups],
-    np.concatenate([widen(p.mask, False) for p, *_ in parts])[groups],
+    np.concatenate([widen(p.tokens, pad_id) for p, *_ in parts]),
+    np.concatenate([widen(p.mask, False) for p, *_ in parts]),
     [e for p, *_ in parts for e in p.examples],
   )
-  prompts = prompts._replace(examples=[prompts.examples[g] for g in groups])
+  prompts = picked(prompts, groups)
   parts = [(p, _widened(s, width), r) for p, s, r in parts]
   samples = jax.tree.map(
     lambda *x: np.concatenate(x)[rows], *(samples for _, samples, _ in parts)
