@@ -94,11 +94,10 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
 
 def param_shardings(mesh: Mesh, model: Model) -> Params:
   """The sharding of each parameter, from its logical axes."""
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   if model.logical_axes is None:
-    return jax.tree.map(lambda _: replicated(mesh), shapes)
+    return jax.tree.map(lambda _: replicated(mesh), model.shapes)
 
-  return shardings(mesh, shapes, model.logical_axes())
+  return shardings(mesh, model.shapes, model.logical_axes())
 
 
 def shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> Any:

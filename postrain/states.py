@@ -69,9 +69,7 @@ class States:
   def abstract(self, step: int) -> TrainState:
     """Shapes, dtypes and shardings of the state after ``step`` steps."""
     shardings = self._param_shardings()
-    init = self.actor.model.init
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
-    params = sharding.abstract({'actor': shapes}, shardings)
+    params = sharding.abstract({'actor': self.actor.model.shapes}, shardings)
     supervised = 0 < step <= self.recipe.sft.num_steps
     optimizer = (
       self.algorithm.sft_optimizer

@@ -16,6 +16,7 @@ trained, the stop token it chose included.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
@@ -127,6 +128,11 @@ class Model:
   normalize: Callable[[Params, Array], Array] | None = None
   num_experts: int = 0
   kernels: Callable[[], dict[Path, tuple[int, int]]] | None = None
+
+  @functools.cached_property
+  def shapes(self) -> Params:
+    """Shape and dtype of each parameter, traced once."""
+    return jax.eval_shape(self.init, jax.random.key(0))
 
 
 class Samples(NamedTuple):

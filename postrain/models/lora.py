@@ -105,9 +105,7 @@ def lora(model: Model, adapters: LoRA) -> Model:
   Raises:
     ValueError: the targets match nothing, or what cannot be adapted.
   """
-  shapes = traverse_util.flatten_dict(
-    jax.eval_shape(model.init, jax.random.key(0))
-  )
+  shapes = traverse_util.flatten_dict(model.shapes)
   chosen = _chosen(model, adapters.targets, shapes)
 
   def init(key: Key[Array, '']) -> Params:

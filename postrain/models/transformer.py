@@ -1,5 +1,6 @@
 """A decoder, dense or of experts, as a record of pure functions."""
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -166,6 +167,7 @@ def transformer(config: Config) -> Model:
     cap = config.logit_soft_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
+  @functools.cache
   def logical_axes() -> Params:
     return jax.tree.map(
       lambda leaf: tuple(leaf.names),
