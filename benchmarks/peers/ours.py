@@ -57,6 +57,7 @@ def paced(
   def pace(draw: Any) -> Any:
     def next_rows(number: int, *sizes: Any) -> Any:
       if number:
+        jax.block_until_ready(jax.live_arrays())  # an update is under way
         protocol.session().answer(**_written(), **tokens)
       return draw(number, *sizes)
 
