@@ -138,6 +138,8 @@ class Samples(NamedTuple):
   holds the candidates that the filters kept, filled up with -1. ``experts``
   holds those that each token of prompt and completion visited (``N = S + T``):
   -1 on padding and on the last token, which the model was not run on.
+  ``version`` is the iteration whose parameters drew each token; None where all
+  are of one.
   """
 
   tokens: Int[Array, 'B T']
@@ -147,6 +149,7 @@ class Samples(NamedTuple):
   truncated: Bool[Array, ' B']
   kept: Int[Array, 'B T K'] | None = None
   experts: Int[Array, 'B N L K'] | None = None
+  version: Int[Array, 'B T'] | None = None
 
 
 @flax.struct.dataclass
