@@ -152,6 +152,17 @@ class Samples(NamedTuple):
   version: Int[Array, 'B T'] | None = None
 
 
+class Carried(NamedTuple):
+  """Completions that were begun for a later iteration.
+
+  ``numbers`` are those of their prompts, counted over the run, where groups
+  end at iterations of their own; None where all are of the next iteration.
+  """
+
+  samples: Samples
+  numbers: Any = None  # Int [P], NumPy
+
+
 @flax.struct.dataclass
 class Rollout:
   """What one iteration of sampling, rewarding and scoring leaves behind.
@@ -244,6 +255,7 @@ class TrainState:
   params: dict[str, Params]
   opt_state: Any
   ref_params: Params | None = None
+  carried: Any = None  # `Carried`, in checkpoints alone
 
 
 class Mean(NamedTuple):

@@ -135,7 +135,7 @@ def extend(
     return (loop.step < max_steps) & loop.live.any()
 
   hidden = jnp.where(counts[:, None] > 0, hidden, last)
-  live = ~ended(samples, stop_ids)
+  live: Any = ~ended(samples, stop_ids)
   live, filled = write(jnp.int32(0), hidden, live, samples)
   state = _Loop(jnp.int32(1), live, cache, filled)
   final = jax.lax.while_loop(unfinished, decode, state).samples
