@@ -1,11 +1,12 @@
 """Rollouts of earlier parameters: carried over, or sampled a step ahead."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 from ml_collections import ConfigDict
@@ -13,9 +14,23 @@ import numpy as np
 import pytest
 import tiny
 
-from postrain import checkpoints, device_loop, reporting, workdir
+from postrain import (
+  checkpoints,
+  device_loop,
+  reporting,
+  sharding,
+  workdir,
+)
+from postrain.actors import Actor
+from postrain.algorithm import Algorithm
+from postrain.collection import Collector
+from postrain.environments import Environment
+from postrain.programs import Programs
+from postrain.recipe import make_recipe
 from postrain.reporting import Report
+from postrain.states import States
 from postrain.trainer import Trainer
+from postrain.types import Prompts, Samples, TrainState
 
 quick_compiler = tiny.quick_compiler
 
@@ -32,7 +47,7 @@ def carrying(folder: pathlib.Path, **changes: Any) -> ConfigDict:
   config.sampling.max_new_tokens = LIMIT
   config.sampling.carry_over = 1
   config.rl.num_prompts = 4
-  config.rl.num_iterations = 5
+  config.rl.num_iterations = 4
   config.rl.optimizer.learning_rate = 0.01
   config.advantage = dict(name='batch_normalized')
   config.correction = dict(name='truncated')
@@ -81,18 +96,22 @@ def versions_of(trainer: Trainer) -> list[tuple[np.ndarray, np.ndarray]]:
   return found
 
 
-def groups(directory: pathlib.Path, size: int) -> list[tuple]:
-  """Prompt, completions and rewards of each group that trained, in order."""
-  found = rows(directory, 'samples')
-  drawn = [(r['prompt'], r['completion'], r['reward']) for r in found]
-  return [tuple(drawn[i : i + size]) for i in range(0, len(drawn), size)]
+class Run(NamedTuple):
+  """What a whole run left behind."""
+
+  config: ConfigDict
+  directory: pathlib.Path
+  state: TrainState
+  prepared: list[tuple[np.ndarray, np.ndarray]]
+  compiled: list[str]  # after the first step
 
 
-def test_what_has_not_ended_is_carried_over(
-  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  config = carrying(tmp_path)
-  trainer = Trainer(config, str(tmp_path / 'run'))
+@functools.cache
+def whole(make: Callable, folder: pathlib.Path) -> Run:
+  """Run a config to its end, once for all tests."""
+  folder.mkdir()
+  config = make(folder)
+  trainer = Trainer(config, str(folder / 'whole'))
   prepared = versions_of(trainer)
   counts, write = {}, Report.write
 
@@ -100,70 +119,60 @@ def test_what_has_not_ended_is_carried_over(
     counts[step] = len(tiny.compilations)
     write(self, step, *rest)
 
-  monkeypatch.setattr(Report, 'write', noting)
-  trainer.run()
-  steps, samples = rows(tmp_path / 'run'), rows(tmp_path / 'run', 'samples')
-  assert any(row['groups/unfinished'] for row in steps)
-  for step, (mask, version) in enumerate(prepared):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Report, 'write', noting)
+    state = trainer.run()
+  compiled = tiny.compilations[counts[0] : counts[max(counts)]]
+  return Run(config, folder / 'whole', state, prepared, compiled)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  return tmp_path_factory.mktemp('carrying')
+
+
+def test_what_has_not_ended_is_carried_over(folder: pathlib.Path) -> None:
+  run = whole(carrying, folder / 'carrying')
+  steps, samples = rows(run.directory), rows(run.directory, 'samples')
+  for step, (mask, version) in enumerate(run.prepared):
     row = steps[step]
     present = mask.any(-1).reshape(4, 2)
     np.testing.assert_array_equal(present[:, 0], present[:, 1])
-    assert row['groups/finished'] == present[:, 0].sum()
+    assert row['groups/finished'] == present[:, 0].sum() >= 1
     assert row['groups/finished'] + row['groups/unfinished'] == 4
     ages = step - version[mask]
     assert row['rollout/staleness'] == pytest.approx(ages.mean())
     assert row['rollout/staleness_max'] == ages.max()
-    # Each iteration gave a token, until one group at least had ended.
-    assert (np.diff(version, axis=1)[mask[:, 1:]] >= 0).all()
     mine = [each for each in samples if each['step'] == step]
     assert len(mine) == present.sum()
     rewards = np.array([each['reward'] for each in mine]).reshape(-1, 2)
     assert row['reward'] == pytest.approx(rewards.mean())
     # Statistics of the rollout are those of what trains.
-    expected = rewards - rewards.mean(-1, keepdims=True)
+    offsets = rewards - rewards.mean(-1, keepdims=True)
     np.testing.assert_allclose(
       [each['advantage'] for each in mine],
-      (expected / (rewards.std() + 1e-6)).reshape(-1),
+      (offsets / (rewards.std() + 1e-6)).reshape(-1),
       atol=1e-4,
     )
-  assert max(row['rollout/staleness_max'] for row in steps) >= 2
   # What the sampler said of a token is what its own parameters said.
   late = [r for r in steps if r['rollout/staleness'] > 0]
   assert max(row['sampler/logprob_gap_max'] for row in late) > 1e-4
   assert steps[0]['sampler/logprob_gap_max'] < 1e-5
-  assert len(set(counts.values()) - {counts[0]}) <= 1
-  last = max(counts)
-  assert tiny.compilations[counts[0] : counts[last]] == []
-
-
-def test_pieces_of_any_size_are_the_same_completions(
-  tmp_path: pathlib.Path,
-) -> None:
-  found = {}
-  for tokens in (1, LIMIT):
-    config = carrying(tmp_path, sampling__carry_over=tokens)
-    config.rl.optimizer.learning_rate = 0.0
-    directory = tmp_path / str(tokens)
-    Trainer(config, str(directory)).run()
-    found[tokens] = Counter(groups(directory, 2))
-    unfinished = [row['groups/unfinished'] for row in rows(directory)]
-    assert any(unfinished) == (tokens == 1)
-  assert found[1] < found[LIMIT]  # each of them once, no other
+  assert run.compiled == []
 
 
 def test_a_step_ahead_is_of_the_parameters_before_the_update(
-  tmp_path: pathlib.Path,
+  folder: pathlib.Path,
 ) -> None:
-  trainer = Trainer(ahead(tmp_path), str(tmp_path / 'run'))
-  prepared = versions_of(trainer)
-  trainer.run()
-  for iteration, (mask, version) in enumerate(prepared):
+  run = whole(ahead, folder / 'ahead')
+  for iteration, (mask, version) in enumerate(run.prepared):
     np.testing.assert_array_equal(version[mask], max(iteration - 1, 0))
-  steps = rows(tmp_path / 'run')
+  steps = rows(run.directory)
   assert [row['rollout/staleness'] for row in steps] == [0, 1, 1, 1]
   gaps = [row['sampler/logprob_gap_max'] for row in steps]
   assert gaps[0] < 1e-5
   assert min(gaps[1:]) > 1e-3
+  assert run.compiled == []
 
 
 def test_a_step_ahead_without_learning_is_no_step_ahead(
@@ -177,6 +186,117 @@ def test_a_step_ahead_without_learning_is_no_step_ahead(
     told.append(rows(tmp_path / str(staleness)))
   for plain, late in zip(*told, strict=True):
     assert late.items() >= plain.items()  # the very bits
+
+
+# The bookkeeping alone: prompts, a sampler and rewards of plain arithmetic.
+
+PLACES, SIZE, STOP, PAD = 3, 2, 1, 0
+
+
+def length(number: int, sample: int) -> int:
+  """Tokens of a completion."""
+  return 1 + (5 * number + 3 * sample + number // 4) % LIMIT
+
+
+def completion(number: int, sample: int) -> list[int]:
+  """Full ones end without a stop token, every other one."""
+  size = length(number, sample)
+  ends = size < LIMIT or number % 2
+  tokens = [10 + 7 * number + t for t in range(size)]
+  return [*tokens[:-1], STOP] if ends else tokens
+
+
+def numbers(iteration: int, size: int) -> Prompts:
+  """Prompts that hold their number, in as many slots as the iteration."""
+  found = np.arange(size, dtype=np.int32) + size * iteration
+  tokens = np.repeat(found[:, None], 1 + iteration % 4, axis=1)
+  examples = [{'number': int(number)} for number in found]
+  return Prompts(tokens, np.ones(tokens.shape, bool), examples)
+
+
+def counting(
+  steps: int, params: Any, tokens: Any, mask: Any, key: Any, ids: np.ndarray,
+  samples: Samples, version: np.ndarray,
+) -> Samples:  # fmt: skip
+  """Stands for the sampler: the next tokens of what a prompt is answered."""
+  del params, key
+  samples = jax.tree.map(np.array, samples)
+  for row in range(PLACES * SIZE):
+    number, sample = ids[row // SIZE], row % SIZE
+    assert (tokens[row // SIZE][mask[row // SIZE]] == number).all()
+    whole, done = completion(number, sample), samples.mask[row].sum()
+    new = slice(done, min(done + steps, len(whole)))
+    samples.tokens[row, new] = whole[new]
+    samples.mask[row, new] = True
+    samples.version[row, new] = version
+    samples.truncated[row] = samples.mask[row].all() and whole[-1] != STOP
+  return jax.tree.map(jax.numpy.asarray, samples)
+
+
+def collector(steps: int, staleness: int, judge: Callable) -> Collector:
+  config = ahead(pathlib.Path(), rl__staleness=staleness)
+  config.sampling.update(
+    carry_over=steps, num_samples=SIZE, max_new_tokens=LIMIT
+  )
+  config.rl.update(num_prompts=PLACES, num_iterations=30)
+  recipe = make_recipe(config)
+  unused = mock.Mock()
+  environment = Environment(
+    vocab_size=999, pad_id=PAD, stop_ids=(STOP,), prompt_length=4,
+    demonstration_length=0, prompts=numbers, held_out=unused,
+    demonstrations=None, prompt_lengths=unused, demonstration_lengths=unused,
+    rewards=judge, weights={'number': 1.0}, text=unused,
+  )  # fmt: skip
+  programs, mesh = mock.Mock(spec=Programs), sharding.make_mesh()
+  parts = mock.Mock(spec=Actor), mock.Mock(spec=Algorithm)
+  programs.states = States(recipe, *parts, mesh)
+  programs.extend = functools.partial(counting, steps)
+  programs.informative = unused
+  return Collector(recipe, environment, mesh, programs)
+
+
+@pytest.mark.parametrize('staleness', [0, 1])
+@pytest.mark.parametrize('steps', [1, 2, LIMIT])
+def test_each_group_trains_once_and_whole(steps: int, staleness: int) -> None:
+  asked: list[int] = []
+
+  def judge(prompts: Prompts, samples: Samples) -> dict[str, np.ndarray]:
+    found = [each['number'] for each in prompts.examples]
+    assert len(samples.tokens) == SIZE * len(found)
+    asked.extend(found)
+    return {'number': np.repeat(np.float32(found), SIZE)}
+
+  collect = collector(steps, staleness, judge)
+  report = mock.MagicMock(spec=Report, timer=mock.MagicMock())
+  trained, begun, oldest = [], {}, 0
+  for iteration in range(30):
+    (prompts, samples, rewards), _ = collect.rollout({}, iteration, report)
+    for row in np.flatnonzero(samples.mask.any(-1)):
+      number = prompts.examples[row // SIZE]['number']
+      mask, version = samples.mask[row], samples.version[row]
+      assert samples.tokens[row][mask].tolist() == completion(
+        number, row % SIZE
+      )
+      assert rewards['number'][row] == number
+      ages = iteration - version[mask]
+      assert (np.diff(ages) <= 0).all()
+      assert ages.min() >= 0
+      oldest = max(oldest, ages.max())
+      begun[number] = min(begun.get(number, iteration), version[0])
+      trained += [number] * int(row % SIZE == 0)
+    left = ~samples.mask.any(-1)
+    assert (samples.tokens[left] == PAD).all()
+    assert not rewards['number'][left].any()
+    assert not samples.truncated[left].any()
+  assert asked == trained  # rewards of what has ended alone
+  assert sorted({*trained}) == sorted(trained)
+  assert collect.carried is None
+  missing = {*range(max(trained))} - {*trained}
+  assert len(missing) < PLACES  # what was under way at the end
+  # Prompts begin in their order.
+  starts = [begun[number] for number in sorted(begun)]
+  assert starts == sorted(starts)
+  assert (oldest == staleness) == (steps == LIMIT)
 
 
 class Stop(BaseException):
@@ -198,33 +318,39 @@ def dying(point: str, step: int) -> Iterator[None]:
       yield
 
 
+POINTS = (
+  ('in_rollout', 1),
+  ('between_files', 1),
+  ('before_checkpoint', 2),
+  ('in_checkpoint', 2),
+  ('after_checkpoint', 3),
+  ('after_export', 4),
+)
+
+
 @pytest.mark.parametrize(
-  'make', [carrying, ahead, pytest.param(both, marks=pytest.mark.slow)]
+  ('make', 'points'),
+  [
+    (carrying, POINTS[2:4]),
+    (ahead, POINTS),
+    pytest.param(both, POINTS, marks=pytest.mark.slow),
+  ],
 )
 def test_dying_anywhere_changes_no_bit(
-  make: Callable[[pathlib.Path], ConfigDict], tmp_path: pathlib.Path
+  make: Callable, points: Sequence, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-  config = make(tmp_path)
-
-  def run(name: str) -> Any:
-    return Trainer(config, str(tmp_path / name)).run()
-
-  whole = run('whole')
-  for point, step in (
-    ('in_rollout', 1),
-    ('between_files', 1),
-    ('before_checkpoint', 2),
-    ('in_checkpoint', 2),
-    ('after_checkpoint', 3),
-    ('after_export', config.rl.num_iterations),
-  ):
+  run = whole(make, folder / make.__name__)
+  for point, step in points:
     with dying(point, step):
-      run('parts')
-  parts = run('parts')
-  for left, right in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+      Trainer(run.config, str(tmp_path)).run()
+  state = Trainer(run.config, str(tmp_path)).run()
+  pairs = zip(*map(jax.tree.leaves, (run.state, state)), strict=True)
+  for left, right in pairs:
     np.testing.assert_array_equal(left, right)
   for name in FILES:
-    contents = [(tmp_path / p / name).read_bytes() for p in ('whole', 'parts')]
+    contents = [
+      (path / name).read_bytes() for path in (run.directory, tmp_path)
+    ]
     assert contents[0] == contents[1]
 
 
