@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
         num_samples=8,
         num_parts=1,
         max_new_tokens=16,
+        carry_over=config_dict.placeholder(int),
         temperature=1.0,
         top_k=config_dict.placeholder(int),
         top_p=config_dict.placeholder(float),
@@ -82,6 +83,7 @@ def get_config() -> ConfigDict:
         num_score_slices=1,
         rescore=True,
         share_prompts=True,
+        staleness=0,
         optimizer=adamw(learning_rate=1e-3),
       ),
       evaluation=dict(

@@ -32,7 +32,7 @@ from postrain.couplings import (
 )
 from postrain.preparation import bind_advantage, make_prepare, uses_reference
 from postrain.recipe import Block, Recipe
-from postrain.sampling import sample, sample_in_slots
+from postrain.sampling import extend, sample, sample_in_slots
 from postrain.train_step import make_train_step
 from postrain.types import (
   Batch,
@@ -48,7 +48,10 @@ class Algorithm(NamedTuple):
 
   Attributes:
     sample: (params, prompts, prompt_mask, key, prompt_ids) -> Samples.
-    greedy: the same, one greedy completion of each prompt; None unless the
+    extend: (params, prompts, prompt_mask, key, prompt_ids, samples, version) ->
+      Samples, for as many tokens as an iteration gives; None unless what has
+      not ended is carried over.
+    greedy: as ``sample``, one greedy completion of each prompt; None unless the
       advantage asks for their rewards, ``baselines``.
     prepare: (params, ref_params, prompts, prompt_mask, samples, rewards,
       signals) -> (Batch, Metrics, columns): scores, KL in the reward,
@@ -64,6 +67,7 @@ class Algorithm(NamedTuple):
   """
 
   sample: Callable[..., Samples]
+  extend: Callable[..., Samples] | None
   greedy: Callable[..., Samples] | None
   prepare: Callable[..., tuple[Batch, Metrics, dict[str, Any]]]
   update: Callable[..., tuple[Any, Metrics]]
@@ -85,6 +89,7 @@ def make_algorithm(
   greedy = _make_sample(recipe, model, pad_id, stop_ids, greedy=True)
   return Algorithm(
     sample=_make_sample(recipe, model, pad_id, stop_ids),
+    extend=_make_extend(recipe, model, stop_ids),
     greedy=greedy if 'baselines' in asked(advantage) else None,
     prepare=make_prepare(recipe, model, estimator, advantage),
     update=_make_update(recipe, model, rl_optimizer),
@@ -244,6 +249,38 @@ def _make_sample(
     )
 
   return draw
+
+
+def _make_extend(
+  recipe: Recipe, model: Model, stop_ids: tuple[int, ...]
+) -> Callable[..., Samples] | None:
+  choices = recipe.sampling
+  max_steps = choices.carry_over
+  if max_steps is None:
+    return None
+
+  def go_on(
+    params: Params, prompts: Any, prompt_mask: Any, key: Any, prompt_ids: Any,
+    samples: Samples, version: Any,
+  ) -> Samples:  # fmt: skip
+    return extend(
+      model,
+      params['actor'],
+      prompts,
+      prompt_mask,
+      samples,
+      key,
+      max_steps=max_steps,
+      stop_ids=stop_ids,
+      temperature=choices.temperature,
+      top_k=choices.top_k,
+      top_p=choices.top_p,
+      min_p=choices.min_p,
+      version=version,
+      prompt_ids=prompt_ids,
+    )
+
+  return go_on
 
 
 def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:

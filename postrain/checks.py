@@ -49,6 +49,7 @@ def check_assembly(
     _check_groups(recipe)
     _check_kl(recipe)
     _check_rescoring(recipe)
+    _check_versions(recipe)
     rows = recipe.rl.num_prompts * recipe.sampling.num_samples
     micro = rows // recipe.rl.num_minibatches // recipe.rl.num_micro_batches
     part = recipe.rl.num_prompts // recipe.sampling.num_parts
@@ -128,12 +129,49 @@ def _check_rescoring(recipe: Recipe) -> None:
     'kl.reward_coef': recipe.kl.reward_coef is not None,
     'correction': recipe.correction is not None,
     f'routing.replay={replay!r}': replay == 'old',
+    **_versions(recipe),
   }
   if needing := [name for name, needs in reasons.items() if needs]:
     raise ValueError(
       f'rl.rescore=False with {", ".join(needing)}, which needs the log-probs'
       ' of the rollout before the update: set rl.rescore=True'
     )
+
+
+def _versions(recipe: Recipe) -> dict[str, bool]:
+  """What has an iteration train on tokens of earlier parameters."""
+  carry_over, staleness = recipe.sampling.carry_over, recipe.rl.staleness
+  return {
+    f'sampling.carry_over={carry_over}': carry_over is not None,
+    f'rl.staleness={staleness}': staleness > 0,
+  }
+
+
+def _check_versions(recipe: Recipe) -> None:
+  """Refuse what needs whole rollouts, or all of it from one policy."""
+  sampling, routing = recipe.sampling, recipe.routing
+  chosen = [name for name, uses in _versions(recipe).items() if uses]
+  carries = sampling.carry_over is not None
+  minibatches = recipe.rl.num_minibatches
+  reasons = (
+    ('sampling.num_parts', sampling.num_parts, 1),
+    ('filter.informative_only', recipe.filter.informative_only, False),
+    ('routing.record', routing.record, False),
+    (
+      'routing.replay',
+      'sampler' if routing.replay == 'sampler' else None,
+      None,
+    ),
+    ('sampling.num_slots', sampling.num_slots if carries else None, None),
+    # One of them might hold no group that has ended.
+    ('rl.num_minibatches', minibatches if carries else 1, 1),
+  )
+  for field, value, needed in reasons:
+    if chosen and value != needed:
+      raise ValueError(
+        f'{field}={value!r} with {" and ".join(chosen)}, whose tokens are not'
+        f' of one rollout: set it to {needed}'
+      )
 
 
 def _check_shards(name: str, number: int, shards: int) -> None:

@@ -14,17 +14,27 @@ from postrain.recipe import Recipe
 from postrain.reporting import Report
 from postrain.rollouts import (
   Part,
+  blank,
   cut,
   fetched,
   joined,
+  numbered,
+  parted,
+  picked,
   select_groups,
+  taken,
   weighted_sum,
 )
-from postrain.types import Params, Prompts
+from postrain.sampling import ended
+from postrain.types import Carried, Params, Prompts, Samples
 
 
 class Collector:
-  """Samples and rewards what an iteration trains on."""
+  """Samples and rewards what an iteration trains on.
+
+  ``carried`` is what it remembers between iterations: completions that were
+  begun for later ones. It belongs into checkpoints.
+  """
 
   def __init__(
     self, recipe: Recipe, environment: Environment, mesh: Any,
@@ -32,6 +42,7 @@ class Collector:
   ):  # fmt: skip
     self.recipe, self.environment = recipe, environment
     self.mesh, self.programs = mesh, programs
+    self.carried: Carried | None = None
 
   def rollout(
     self, params: dict[str, Params], iteration: int, report: Report
@@ -39,9 +50,12 @@ class Collector:
     """Sample and reward; with dynamic sampling, until enough groups differ."""
     recipe, num_prompts = self.recipe, self.recipe.rl.num_prompts
     parts, flags = [], []
+    carries = recipe.sampling.carry_over is not None
+    sampled = self._finished if carries else self._attempt
     for attempt in range(recipe.rollouts):
       number = iteration * recipe.rollouts + attempt
-      parts.append(self._attempt(params, iteration, number, report))
+      parts.append(sampled(params, number, report))
+      workdir.die_at('in_rollout', recipe.sft.num_steps + iteration)
       total = weighted_sum(parts[-1][2], self.environment.weights)
       flags.append(self.programs.informative(total.reshape(num_prompts, -1)))
       if not recipe.filter.informative_only:
@@ -54,10 +68,37 @@ class Collector:
     return select_groups(parts, informative, num_prompts, pad_id), flags
 
   def _attempt(
-    self, params: dict[str, Params], iteration: int, number: int, report: Report
+    self, params: dict[str, Params], number: int, report: Report
   ) -> Part:
     """One rollout: a part is rewarded while the next ones are sampled."""
-    recipe, timer = self.recipe, report.timer
+    rl = self.recipe.rl
+    if self.carried is None:
+      under_way = self._begun(params, number, version=number)
+      report.flush()
+    else:
+      prompts = self.environment.prompts(number, rl.num_prompts)
+      under_way = [(prompts, self.carried.samples)]
+    parts = []
+    for part, samples in under_way:
+      with report.timer.span('sample'):
+        part, samples = fetched(part), jax.device_get(samples)
+      with report.timer.span('reward'):
+        rewards = self.environment.rewards(part, samples)
+      check_rewards(rewards, len(samples.tokens))
+      parts.append((part, samples, rewards))
+    whole = joined(parts)
+    check_completions(whole[1], self.environment, first=number == 0)
+    self.carried = None
+    if rl.staleness and number + 1 < rl.num_iterations:
+      ((_, samples),) = self._begun(params, number + 1, version=number)
+      self.carried = Carried(samples)
+    return whole
+
+  def _begun(
+    self, params: dict[str, Params], number: int, version: int
+  ) -> list[tuple[Prompts, Samples]]:
+    """The parts of a rollout, dispatched."""
+    recipe = self.recipe
     prompts = self.environment.prompts(number, recipe.rl.num_prompts)
     key = run_key(recipe.seed, 'sample', number)
     under_way = []
@@ -65,20 +106,100 @@ class Collector:
       placed = sharding.put_rows(self.mesh, (part.tokens, part.mask))
       samples = self.programs.sample(params, *placed, key, ids)
       send(samples)
+      if recipe.rl.staleness:
+        stamp = np.full(samples.tokens.shape, version, np.int32)
+        samples = samples._replace(version=stamp)
       under_way.append((part, samples))
-    report.flush()
-    parts = []
-    for part, samples in under_way:
-      with timer.span('sample'):
-        part, samples = fetched(part), jax.device_get(samples)
-      with timer.span('reward'):
-        rewards = self.environment.rewards(part, samples)
-      check_rewards(rewards, len(samples.tokens))
-      parts.append((part, samples, rewards))
-    workdir.die_at('in_rollout', recipe.sft.num_steps + iteration)
-    whole = joined(parts)
-    check_completions(whole[1], self.environment, first=number == 0)
-    return whole
+    return under_way
+
+  def _finished(
+    self, params: dict[str, Params], iteration: int, report: Report
+  ) -> Part:
+    """Groups that have ended; the rows of others have no token yet.
+
+    They are carried over, with new prompts in the places of those that train.
+    Where no group has ended, all get as many tokens again.
+    """
+    rl, timer = self.recipe.rl, report.timer
+    ahead = rl.staleness and self.carried is not None
+    carried = self.carried or self._nothing()
+    prompts = self._numbered(carried.numbers)
+    if not ahead:
+      carried = self._extended(params, prompts, carried, iteration)
+      report.flush()
+    with timer.span('sample'):
+      carried = jax.device_get(carried)
+      while not (done := self._ended(carried.samples)).any():
+        carried = self._extended(params, prompts, carried, iteration)
+        carried = jax.device_get(carried)
+    train, rest = parted(carried.samples, done, self.environment.pad_id)
+    with timer.span('reward'):
+      rewards = self._rewards(prompts, train, done)
+    rows: Any = train.mask.any(-1)
+    check_completions(taken(train, rows), self.environment, iteration == 0)
+    self.carried = None
+    if iteration + 1 < rl.num_iterations:
+      numbers = carried.numbers.copy()
+      numbers[done] = numbers.max() + 1 + np.arange(done.sum())
+      self.carried = Carried(rest, numbers)
+      if rl.staleness:
+        self.carried = self._extended(
+          params, self._numbered(numbers), self.carried, iteration
+        )
+    return prompts, train, rewards
+
+  def _extended(
+    self, params: dict[str, Params], prompts: Prompts, carried: Carried,
+    version: int,
+  ) -> Carried:  # fmt: skip
+    """Completions with the tokens of an iteration more, dispatched."""
+    tokens, mask, samples = sharding.put_rows(
+      self.mesh, (prompts.tokens, prompts.mask, carried.samples)
+    )
+    key = run_key(self.recipe.seed, 'sample')
+    samples = self.programs.extend(
+      params, tokens, mask, key, carried.numbers, samples, np.int32(version)
+    )
+    send(samples)
+    return carried._replace(samples=samples)
+
+  def _nothing(self) -> Carried:
+    """The first prompts, with rows that have no token."""
+    shapes: Any = self.programs.states.carried
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.samples)
+    numbers = np.arange(self.recipe.rl.num_prompts, dtype=np.int32)
+    return Carried(blank(zeros, self.environment.pad_id), numbers)
+
+  def _numbered(self, numbers: np.ndarray) -> Prompts:
+    """Prompts by their numbers, ``num_prompts`` of them an iteration."""
+    environment, size = self.environment, self.recipe.rl.num_prompts
+    drawn = {
+      int(block): fetched(environment.prompts(int(block), size))
+      for block in np.unique(numbers // size)
+    }
+    return numbered(
+      drawn, numbers, environment.prompt_length, environment.pad_id
+    )
+
+  def _ended(self, samples: Samples) -> np.ndarray:
+    """Which groups have only completions that go no further."""
+    rows: Any = ended(samples, self.environment.stop_ids)
+    return rows.reshape(self.recipe.rl.num_prompts, -1).all(-1)
+
+  def _rewards(
+    self, prompts: Prompts, samples: Samples, done: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """Rewards of groups that have ended, 0 for the others."""
+    rows = np.repeat(done, self.recipe.sampling.num_samples)
+    if self.environment.device_task is not None:  # of one shape: one program
+      rewards = self.environment.rewards(prompts, samples)
+      check_rewards(rewards, len(rows))
+      return {k: np.where(rows, v, 0) for k, v in rewards.items()}
+    some = picked(prompts, np.flatnonzero(done)), taken(samples, rows)
+    rewards = self.environment.rewards(*some)
+    check_rewards(rewards, int(rows.sum()))
+    spread = np.cumsum(rows) - 1  # where a row finds its own
+    return {k: np.where(rows, v[spread], 0) for k, v in rewards.items()}
 
   def signals(
     self, params: dict[str, Params], prompts: Prompts,

@@ -101,6 +101,12 @@ def _check(
       ' loop go in step, and no slot could be refilled before those of the'
       ' others; set it to None, or use the trainer'
     )
+  if recipe.sampling.carry_over is not None or recipe.rl.staleness:
+    raise ValueError(
+      f'sampling.carry_over={recipe.sampling.carry_over} and'
+      f' rl.staleness={recipe.rl.staleness}: the device loop trains on rollouts'
+      ' of its own iteration; set them to None and 0, or use the trainer'
+    )
   for path, values in hyperparameters.items():
     if values.shape != seeds.shape:
       raise ValueError(

@@ -174,7 +174,7 @@ def from_run(
     )  # fmt: skip
     mesh = sharding.make_mesh()
     with sharding.on(mesh):
-      like = States(recipe, actor, algorithm, mesh).abstract(step)
+      like = States(recipe, actor, algorithm, mesh).stored(step)
       params = jax.device_get(checkpoints.restore(step, like).params['actor'])
   return Policy(
     actor.model, params, environment.tokenizer, tuple(environment.stop_ids),

@@ -91,10 +91,16 @@ def make_prepare(
       mask=mask,
       rewards=rewards,
       truncated=samples.truncated,
-      version=jnp.zeros(tokens.shape, jnp.int32),
+      version=_versions(samples, tokens.shape[1]),
       turn_ids=jnp.zeros(tokens.shape, jnp.int32),
       arrays=arrays,
     )
+    if recipe.sampling.carry_over is not None:
+      there = mask.any(-1).reshape(rewards.shape)  # others are under way
+      if 'reward_parts' in asked(advantage):
+        parts = signals['reward_parts']
+        there = jnp.broadcast_to(there[..., None], parts.shape)
+      signals = {**signals, 'where': there}
     trained = _trained_tokens(recipe, rollout, informative)
     batch = assemble(
       rollout, advantage=advantage, trained=trained, signals=signals,
@@ -137,6 +143,14 @@ def _with_old(
   largest = jnp.where(mask, gap, 0).max(-1)
   metrics = _sampler_metrics(scores, samples, plain, mask)
   return arrays, metrics, {'logprob_gap': largest}
+
+
+def _versions(samples: Samples, length: int) -> Any:
+  """The iteration that drew each token, 0 on prompts."""
+  version = samples.version
+  if version is None:
+    return jnp.zeros((len(samples.tokens), length), jnp.int32)
+  return jnp.pad(version, ((0, 0), (length - version.shape[1], 0)))
 
 
 def join_prompts(

@@ -21,7 +21,7 @@ from postrain.masks import informative_groups
 from postrain.recipe import Recipe
 from postrain.states import States
 from postrain.train_step import merge
-from postrain.types import Batch, Metrics, TrainState
+from postrain.types import Batch, Metrics, Samples, TrainState
 
 PARTS = ('a larger sampling.num_parts', 'mesh.data', 'model.dtype=bfloat16')
 SCORES = ('a larger rl.num_score_slices', 'a smaller chunk_size', 'mesh.fsdp')
@@ -34,6 +34,7 @@ EXAMS = (
 )
 REMEDIES = {
   'sample': PARTS,
+  'extend': ('a smaller rl.num_prompts', *PARTS[1:]),
   'greedy': ('a smaller rl.num_prompts', *PARTS[1:]),
   'prepare': SCORES,
   'update': ('a larger rl.num_micro_batches', REMAT, 'mesh.fsdp'),
@@ -63,6 +64,7 @@ class Programs:
     rows, same = sharding.rows(states.mesh), sharding.replicated(states.mesh)
     online, supervised = map(sharding.of, self._states)
     self.sample = jax.jit(algorithm.sample)
+    self.extend: Any = algorithm.extend and jax.jit(algorithm.extend)
     self.greedy = algorithm.greedy and jax.jit(algorithm.greedy)
     self._prepare = jax.jit(
       self._to_leaves(algorithm.prepare), out_shardings=(rows, None, None)
@@ -133,9 +135,11 @@ class Programs:
     found: list[Program] = []
     if iterations:
       first = max(start - supervised, 0) * recipe.rollouts
-      lengths = environment.prompt_lengths(
-        range(first, iterations * recipe.rollouts), recipe.rl.num_prompts
-      )
+      lengths = {environment.prompt_length}
+      if self.extend is None:
+        lengths = environment.prompt_lengths(
+          range(first, iterations * recipe.rollouts), recipe.rl.num_prompts
+        )
       for length in sorted(lengths, reverse=True):
         found += self._iteration(length)
       found += self._small(found[0])
@@ -153,11 +157,9 @@ class Programs:
   def _iteration(self, slots: int) -> list[Program]:
     """The functions of an iteration whose prompts have so many slots."""
     recipe, state = self.recipe, self._states[0]
-    num_prompts, num_parts = recipe.rl.num_prompts, recipe.sampling.num_parts
+    num_prompts = recipe.rl.num_prompts
     shape = (num_prompts, recipe.sampling.num_samples)
-    part = (state.params, *self._prompts(num_prompts // num_parts, slots))
-    drawn = self.sample.trace(*part)
-    samples = self._rows(drawn.out_info, num_parts)
+    drawn, samples = self._drawn(slots)
     self._rehearse_rewards(slots, samples)
     signals = {'reward_parts': _floats(*shape, len(recipe.rewards))}
     whole = self._prompts(num_prompts, slots)
@@ -176,10 +178,25 @@ class Programs:
     update = self._update.trace(state, leaves, rows, self._key)
     return [
       self._program(f'update[{slots}]', update, state, state),
-      self._program(f'sample[{slots}]', drawn, state, state.params),
+      drawn,
       self._program(f'prepare[{slots}]', prepared, state, scored),
       *greedy,
     ]
+
+  def _drawn(self, slots: int) -> tuple[Program, Samples]:
+    """What draws the completions of an iteration, and all of these."""
+    recipe, state = self.recipe, self._states[0]
+    parts, carried = recipe.sampling.num_parts, self.states.carried
+    prompts = self._prompts(recipe.rl.num_prompts // parts, slots)
+    samples: Any = None if carried is None else self._rows(carried.samples)
+    if self.extend is not None:
+      name, more = 'extend', (samples, np.int32(0))
+      traced = self.extend.trace(state.params, *prompts, *more)
+    else:
+      name, traced = 'sample', self.sample.trace(state.params, *prompts)
+      samples = samples or self._rows(traced.out_info, parts)
+    program = self._program(f'{name}[{slots}]', traced, state, state.params)
+    return program, samples
 
   def _small(self, update: Program) -> list[Program]:
     """The other functions of an iteration: nothing in them has prompts."""

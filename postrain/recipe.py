@@ -77,6 +77,16 @@ def _check_ranges(recipe: Recipe) -> None:
   for field, value in (('top_p', sampling.top_p), ('min_p', sampling.min_p)):
     if isinstance(value, int | float) and not 0 < value <= 1:
       raise ValueError(f'sampling.{field}={value}: it must be in (0, 1]')
+  if (sampling.carry_over or 1) > sampling.max_new_tokens:
+    raise ValueError(
+      f'sampling.carry_over={sampling.carry_over}: an iteration would give more'
+      f' than sampling.max_new_tokens={sampling.max_new_tokens}; set it to None'
+    )
+  if rl.staleness not in (0, 1):
+    raise ValueError(
+      f'rl.staleness={rl.staleness}: a rollout is sampled 0 or 1 iterations'
+      ' ahead'
+    )
 
 
 def _check_groups(rl: Reinforcement) -> None:
@@ -148,6 +158,7 @@ def _check_positive(recipe: Recipe) -> None:
     ('machine.memory_limit', recipe.machine.memory_limit),
     ('sampling.top_k', recipe.sampling.top_k),
     ('sampling.num_slots', recipe.sampling.num_slots),
+    ('sampling.carry_over', recipe.sampling.carry_over),
   ):
     if value is not None and value < 1:
       raise ValueError(f'{field}={value}: it must be at least 1')

@@ -129,19 +129,45 @@ def _trackers(
   return trackers
 
 
+def group_figures(
+  samples: Samples, informative: np.ndarray, num_prompts: int, iteration: int
+) -> dict[str, float]:
+  """Which groups differ within; and, of versions, how many train and how late.
+
+  Groups without a token are still under way.
+  """
+  finished = samples.mask.reshape(num_prompts, -1).any(-1)
+  unfinished = int((~finished).sum())
+  share = informative.sum() / (len(informative) - unfinished)
+  figures = {'groups/informative': float(share)}
+  if samples.version is None:
+    return figures
+  staleness = (iteration - samples.version)[samples.mask]
+  return figures | {
+    'groups/finished': float(finished.sum()),
+    'groups/unfinished': float(unfinished),
+    'rollout/staleness': float(staleness.mean()),
+    'rollout/staleness_max': float(staleness.max()),
+  }
+
+
 def rollout_figures(
   samples: Samples, rewards: Mapping[str, np.ndarray], total: np.ndarray
 ) -> dict[str, float]:
-  """Rewards and lengths of a rollout; ``reward`` is the weighted sum."""
-  lengths = np.asarray(samples.mask).sum(-1)
-  each = {f'reward/{k}': float(np.mean(v)) for k, v in rewards.items()}
+  """Rewards and lengths of a rollout; ``reward`` is the weighted sum.
+
+  Rows without a token are of groups still under way.
+  """
+  rows = samples.mask.any(-1)
+  lengths = samples.mask[rows].sum(-1)
+  each = {f'reward/{k}': float(np.mean(v[rows])) for k, v in rewards.items()}
   return {
-    'reward': float(np.mean(total)),
-    'reward_std': float(np.std(total)),
+    'reward': float(np.mean(total[rows])),
+    'reward_std': float(np.std(total[rows])),
     **each,
     'completion/length': float(lengths.mean()),
     'completion/length_max': float(lengths.max()),
-    'completion/truncated': float(np.mean(samples.truncated)),
+    'completion/truncated': float(np.mean(samples.truncated[rows])),
   }
 
 
@@ -153,7 +179,10 @@ def sample_rows(
   columns: Mapping[str, np.ndarray],
   text: Any,
 ) -> list[dict[str, Any]]:
-  """One row per completion, with every figure that belongs to it."""
+  """One row per completion that trains, with every figure that belongs to it.
+
+  Rows without a token are of groups still under way.
+  """
   num_samples = len(samples.tokens) // len(prompts.tokens)
   shown = [
     text(tokens[mask])
@@ -169,5 +198,5 @@ def sample_rows(
       'length': int(samples.mask[b].sum()),
       'truncated': bool(samples.truncated[b]),
     }
-    for b in range(len(samples.tokens))
+    for b in np.flatnonzero(samples.mask.any(-1))
   ]

@@ -33,6 +33,56 @@ def picked(prompts: Prompts, ids: np.ndarray) -> Prompts:
   return Prompts(prompts.tokens[ids], prompts.mask[ids], examples)
 
 
+def numbered(
+  drawn: Mapping[int, Prompts], numbers: np.ndarray, width: int, pad_id: int
+) -> Prompts:
+  """Prompts by their numbers, counted over iterations of the data.
+
+  Args:
+    drawn: iteration -> as many prompts as there are numbers.
+    numbers: which.
+    width: slots of the result.
+    pad_id: fills those on the left.
+  """
+  shape, examples = (len(numbers), width), []
+  tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+  for row, number in enumerate(numbers):
+    prompts, place = drawn[number // len(numbers)], number % len(numbers)
+    slots = prompts.tokens.shape[1]
+    tokens[row, -slots:] = prompts.tokens[place]
+    mask[row, -slots:] = prompts.mask[place]
+    examples.append(prompts.examples[place])
+  return Prompts(tokens, mask, examples)
+
+
+def blank(samples: Samples, pad_id: int) -> Samples:
+  """The same rows without a token."""
+  zeros = jax.tree.map(np.zeros_like, samples)
+  return zeros._replace(tokens=np.full_like(samples.tokens, pad_id))
+
+
+def taken(samples: Samples, rows: np.ndarray) -> Samples:
+  """Some rows."""
+  return jax.tree.map(lambda x: x[rows], samples)
+
+
+def parted(
+  samples: Samples, groups: np.ndarray, pad_id: int
+) -> tuple[Samples, Samples]:
+  """All rows twice: only those of the groups have tokens, and only others."""
+  rows = np.repeat(groups, len(samples.tokens) // len(groups))
+  empty = blank(samples, pad_id)
+
+  def kept(rows: np.ndarray) -> Samples:
+    return jax.tree.map(
+      lambda x, y: np.where(rows if x.ndim == 1 else rows[:, None], x, y),
+      samples,
+      empty,
+    )
+
+  return kept(rows), kept(~rows)
+
+
 def fetched(prompts: Prompts) -> Prompts:
   """Prompts on the host, their examples as they are."""
   tokens, mask = jax.device_get((prompts.tokens, prompts.mask))

@@ -36,6 +36,7 @@ class Reinforcement:
   num_score_slices: int
   rescore: bool  # old log-probs have a pass of their own; see `checks`
   share_prompts: bool  # the model reads a prompt once for all its completions
+  staleness: int  # iterations that a rollout is sampled ahead of its update
   optimizer: Block
 
 
@@ -46,6 +47,7 @@ class Sampling:
   num_samples: int  # of a prompt: the group
   num_parts: int  # of a rollout: one is rewarded while the next is sampled
   max_new_tokens: int
+  carry_over: int | None  # tokens of an iteration; what has not ended goes on
   temperature: Scalar
   top_k: int | None
   top_p: Scalar | None

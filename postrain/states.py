@@ -1,5 +1,6 @@
 """The state of a run: fresh, of its second stage, and as shapes to restore."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ from postrain.adapted import trainable
 from postrain.algorithm import Algorithm
 from postrain.keys import run_key
 from postrain.recipe import Recipe
-from postrain.types import Params, TrainState
+from postrain.types import Carried, Params, Samples, TrainState
 
 
 class States:
@@ -88,6 +89,37 @@ class States:
       opt_state=opt_state,
       ref_params=trainable(params['actor']) if keeps else None,
     )
+
+  def stored(self, step: int) -> TrainState:
+    """What a checkpoint holds: `abstract`, and completions under way."""
+    begun = self.recipe.sft.num_steps < step < self.recipe.num_steps
+    carried = self.carried if begun else None
+    return dataclasses.replace(self.abstract(step), carried=carried)
+
+  @functools.cached_property
+  def carried(self) -> Carried | None:
+    """Shapes of what is under way between iterations, if anything is."""
+    recipe, sampling = self.recipe, self.recipe.sampling
+    if sampling.carry_over is None and not recipe.rl.staleness:
+      return None
+    rows = recipe.rl.num_prompts * sampling.num_samples
+    shape = (rows, sampling.max_new_tokens)
+
+    def of(dtype: Any, shape: tuple[int, ...] = shape) -> Any:
+      place = sharding.replicated(self.mesh)
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    samples = Samples(
+      tokens=of(np.int32),
+      mask=of(bool),
+      sampler_logprobs=of(np.float32),
+      model_logprobs=of(np.float32),
+      truncated=of(bool, (rows,)),
+      version=of(np.int32),
+    )
+    if sampling.carry_over is None:
+      return Carried(samples)
+    return Carried(samples, of(np.int32, (recipe.rl.num_prompts,)))
 
   def _param_shardings(self) -> dict[str, Any]:
     return {'actor': sharding.param_shardings(self.mesh, self.actor.model)}

@@ -23,6 +23,7 @@ from postrain.recipe import make_recipe, plain
 from postrain.reporting import (
   CURVES,
   Report,
+  group_figures,
   rollout_figures,
   sample_rows,
 )
@@ -124,7 +125,9 @@ class Trainer:
         if done % recipe.checkpoint.every == 0 or done == recipe.num_steps:
           report.flush()
           workdir.die_at('before_checkpoint', done)
-          checkpoints.save(done, state, wait=False)
+          carried = self._collector.carried
+          stored = dataclasses.replace(state, carried=carried)
+          checkpoints.save(done, stored, wait=False)
           workdir.die_at('after_checkpoint', done)
       checkpoints.wait()
       self._finish(state, report)
@@ -143,7 +146,9 @@ class Trainer:
     """The state after so many steps."""
     if not step:
       return self._states.fresh()
-    return checkpoints.restore(step, self._states.abstract(step))
+    state = checkpoints.restore(step, self._states.stored(step))
+    self._collector.carried = jax.device_get(state.carried)
+    return dataclasses.replace(state, carried=None)
 
   # Steps. What one says is fetched and written when the next one is under way.
 
@@ -220,7 +225,9 @@ class Trainer:
         prompts, samples, rewards, total, scored[2], self.environment.text
       )
       told = {
-        'groups/informative': float(np.concatenate(scored[0]).mean()),
+        **group_figures(
+          samples, np.concatenate(scored[0]), len(prompts.tokens), iteration
+        ),
         **rollout_figures(samples, rewards, total),
         **finish(scored[1]),
         **finish(merged),

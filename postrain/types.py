@@ -144,6 +144,8 @@ class Samples(NamedTuple):
   holds the candidates that the filters kept, filled up with -1. ``experts``
   holds those that each token of prompt and completion visited (``N = S + T``):
   -1 on padding and on the last token, which the model was not run on.
+  ``version`` is the iteration whose parameters drew each token; None where all
+  are of one.
   """
 
   tokens: Int[Array, 'B T']
@@ -153,6 +155,18 @@ class Samples(NamedTuple):
   truncated: Bool[Array, ' B']
   kept: Int[Array, 'B T K'] | None = None
   experts: Int[Array, 'B N L K'] | None = None
+  version: Int[Array, 'B T'] | None = None
+
+
+class Carried(NamedTuple):
+  """Completions that were begun for a later iteration.
+
+  ``numbers`` are those of their prompts, counted over the run, where groups
+  end at iterations of their own; None where all are of the next iteration.
+  """
+
+  samples: Samples
+  numbers: Any = None  # Int [P], NumPy
 
 
 @flax.struct.dataclass
@@ -247,6 +261,7 @@ class TrainState:
   params: dict[str, Params]
   opt_state: Any
   ref_params: Params | None = None
+  carried: Any = None  # `Carried`, in checkpoints alone
 
 
 class Mean(NamedTuple):

@@ -68,6 +68,31 @@ FIELDS = [
     {'sampling.num_slots': 8, 'mesh.data': 2},
     'num_slots after 3 halvings: 1 do not divide over 2',
   ),
+  ('sort', {'sampling.carry_over': 0}, 'carry_over=0: it must be at least 1'),
+  ('sort', {'sampling.carry_over': 4}, 'would give more than .*_tokens=3'),
+  ('sort', {'rl.staleness': 2}, 'staleness=2: a rollout is sampled 0 or 1'),
+  *(
+    ('sort', {**change, **other}, f'{message} with {name}')
+    for change, name in (
+      ({'sampling.carry_over': 1}, 'sampling.carry_over=1'),
+      ({'rl.staleness': 1}, 'rl.staleness=1'),
+    )
+    for other, message in (
+      ({'rl.rescore': False}, 'rl.rescore=False'),
+      ({'sampling.num_parts': 2}, 'sampling.num_parts=2'),
+      ({'filter.informative_only': True}, 'filter.informative_only=True'),
+    )
+  ),
+  (
+    'sort',
+    {'sampling.carry_over': 1, 'rl.num_minibatches': 2},
+    'num_minibatches=2 with sampling.carry_over=1, .*: set it to 1',
+  ),
+  (
+    'arithmetic',
+    {'sampling.carry_over': 1, 'sampling.num_slots': 8},
+    'num_slots=8 with sampling.carry_over=1',
+  ),
   ('sort', {'sampling.max_new_tokens': 5}, 'max_new_tokens=3'),
   ('sort', {'kl.estimator.name': 'k1', 'kl.loss_coef': 0.1}, 'k1 in the loss'),
   ('sort', {'loss.name': 'pp_clip'}, "did you mean 'ppo_clip'"),

@@ -96,7 +96,7 @@ def test_all_parts_are_sampled_for_before_one_is_graded(
   programs.sample, report.timer = sample, mock.MagicMock()
   mesh = sharding.make_mesh()
   collector = Collector(recipe, environment, mesh, programs)
-  _, _, rewards = collector._attempt({}, 0, 0, report)
+  _, _, rewards = collector._attempt({}, 0, report)
   assert events == ['sample', 'sample', 'grade', 'grade']
   np.testing.assert_array_equal(rewards['position'], [0, 1, 2, 3] * 2)
   assert os.getpid() not in rewards['process']

@@ -3,7 +3,14 @@
 import jax
 import numpy as np
 
-from postrain.rollouts import cut, joined, select_groups, weighted_sum
+from postrain.rollouts import (
+  cut,
+  joined,
+  numbered,
+  parted,
+  select_groups,
+  weighted_sum,
+)
 from postrain.types import Prompts, Samples
 
 
@@ -48,6 +55,25 @@ def test_parts_of_a_rollout_come_together_again() -> None:
     (prompts[:2], samples, rewards),
     (whole[0][:2], *whole[1:]),
   )
+
+
+def test_prompts_by_numbers_of_several_iterations() -> None:
+  drawn = {1: part(2, 2, [SAME, SAME])[0], 4: part(8, 3, [SAME, SAME])[0]}
+  prompts = numbered(drawn, np.array([9, 2]), 4, -1)
+  assert prompts.tokens.tolist() == [[-1, 9, 9, 9], [-1, -1, 2, 2]]
+  assert prompts.mask.tolist() == [
+    [False, *[True] * 3],
+    [False] * 2 + [True] * 2,
+  ]
+  assert [e['number'] for e in prompts.examples] == [9, 2]
+
+
+def test_groups_are_parted_from_others() -> None:
+  _, samples, _ = part(5, 2, [SAME, SAME])
+  these, others = parted(samples, np.array([False, True]), -1)
+  assert these.tokens[:, 0].tolist() == [-1, -1, 6, 6]
+  assert others.tokens[:, 0].tolist() == [5, 5, -1, -1]
+  np.testing.assert_array_equal(these.mask, ~others.mask)
 
 
 def test_one_part_is_taken_as_it_is() -> None:

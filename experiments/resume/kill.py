@@ -32,7 +32,8 @@ from configs import base
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SAVE_EVERY = 3
 NUM_ITERATIONS = 12
-SFT_STEPS = {'refresh': 4, 'ema': 6}  # the switch lies off, on a checkpoint
+# The switch lies off, on, off a checkpoint.
+SFT_STEPS = {'refresh': 4, 'ema': 6, 'late': 4}
 
 
 def get_config(variant: str = 'refresh') -> ConfigDict:
@@ -66,9 +67,14 @@ def get_config(variant: str = 'refresh') -> ConfigDict:
   if variant == 'refresh':
     config.kl.loss_coef = 0.05
     config.reference = dict(update='refresh', decay=0.0, every=4)
-  else:
+  elif variant == 'ema':
     config.kl.reward_coef = 0.05
     config.reference = dict(update='ema', decay=0.9, every=1)
+  else:  # completions are under way when a checkpoint is written
+    config.filter.informative_only = False
+    config.rl.num_minibatches = 1
+    config.sampling.carry_over = config.rl.staleness = 1
+    config.correction = dict(name='truncated')
   return config
 
 
@@ -215,7 +221,7 @@ def main() -> None:
       expected.setdefault(variant, found)
       different += report(name, variant, 0, [], found, expected[variant])
     for number in range(arguments.kills):
-      variant = list(SFT_STEPS)[number % 2]
+      variant = list(SFT_STEPS)[number % len(SFT_STEPS)]
       points = faults(variant)
       kills = [points[number % len(points)], random_moment(draw, variant)]
       kills.sort(key=lambda kill: -1 if kill.step is None else kill.step)

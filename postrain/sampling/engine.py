@@ -141,7 +141,7 @@ def sample_in_slots(
   samples = with_experts(samples, prompt_mask, routing)
   rows = jnp.arange(len(keys), dtype=jnp.int32)
   stops = jnp.asarray(tuple(stop_ids), prompts.dtype)
-  samples, waits = _put(samples, rows, 0 * rows, first, logprobs, stops)
+  samples, waits = write_tokens(samples, rows, 0 * rows, first, logprobs, stops)
   work = _Work(
     functools.partial(run, params), unembed, draw, stops, keys,
     queue=jnp.argsort(~waits, stable=True).astype(jnp.int32),
@@ -187,7 +187,7 @@ def _first_tokens(
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
-def _put(
+def write_tokens(
   samples: Samples, rows: Array, step: Array, drawn: Draw, logprobs: Array,
   stops: Array,
 ) -> tuple[Samples, Array]:  # fmt: skip
@@ -307,7 +307,7 @@ def _decode(work: _Work, slots: _Slots) -> _Slots:
       routing['experts'][:, 0], mode='drop'
     )
     samples = samples._replace(experts=visited)
-  samples, goes = _put(samples, rows, step, drawn, logprobs, work.stops)
+  samples, goes = write_tokens(samples, rows, step, drawn, logprobs, work.stops)
   return slots._replace(
     step=step + 1, live=live & goes, cache=cache, samples=samples
   )
