@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
         batch_size=32,
         num_examples=config_dict.placeholder(int),
         num_micro_batches=1,
+        row_length=config_dict.placeholder(int),
         optimizer=adamw(learning_rate=1e-3),
       ),
       rl=dict(
@@ -82,6 +83,7 @@ def get_config() -> ConfigDict:
         num_score_slices=1,
         rescore=True,
         share_prompts=True,
+        row_length=config_dict.placeholder(int),
         optimizer=adamw(learning_rate=1e-3),
       ),
       evaluation=dict(
@@ -102,5 +104,6 @@ def get_config() -> ConfigDict:
       machine=dict(memory_limit=config_dict.placeholder(int)),
       mesh=dict(data=1, fsdp=1, expert=1, tensor=1),
       chunk_size=16,
+      num_row_buckets=6,
     )
   )

@@ -101,6 +101,11 @@ def _check(
       ' loop go in step, and no slot could be refilled before those of the'
       ' others; set it to None, or use the trainer'
     )
+  if recipe.rl.row_length is not None:
+    raise ValueError(
+      f'rl.row_length={recipe.rl.row_length}: rows are packed on the host,'
+      ' which the device loop does not ask; set it to None, or use the trainer'
+    )
   for path, values in hyperparameters.items():
     if values.shape != seeds.shape:
       raise ValueError(
