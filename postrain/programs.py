@@ -158,9 +158,8 @@ class Programs:
       lengths = environment.prompt_lengths(
         range(first, iterations * recipe.rollouts), recipe.rl.num_prompts
       )
-      learnt = lengths
-      if 'update' in self._layouts:
-        learnt = {environment.prompt_length}
+      longest = {environment.prompt_length}
+      learnt = longest if 'update' in self._layouts else lengths
       found += _longest_first(self._learning, learnt)
       found += self._small(found[0])
       found += _longest_first(self._drawing, lengths)
@@ -233,12 +232,11 @@ class Programs:
     figures *= choices.num_epochs * choices.num_minibatches
     rewards = _floats(choices.num_prompts, recipe.sampling.num_samples)
     cut = self.minibatches.trace(zero, zero, state.step)
+    judged = self.informative.trace(rewards)
     found = [
       self._program('minibatches', cut, state, state.step),
       self._program('merge', self.merge.trace(figures), state, None),
-      self._program(
-        'informative', self.informative.trace(rewards), state, None
-      ),
+      self._program('informative', judged, state, None),
     ]
     if state.ref_params is not None:
       moved = (state.ref_params, state.params['actor'])
