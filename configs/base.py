@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
         batch_size=32,
         num_examples=config_dict.placeholder(int),
         num_micro_batches=1,
+        row_length=config_dict.placeholder(int),
         optimizer=adamw(learning_rate=1e-3),
       ),
       rl=dict(
@@ -84,6 +85,7 @@ def get_config() -> ConfigDict:
         rescore=True,
         share_prompts=True,
         staleness=0,
+        row_length=config_dict.placeholder(int),
         optimizer=adamw(learning_rate=1e-3),
       ),
       evaluation=dict(
@@ -104,5 +106,6 @@ def get_config() -> ConfigDict:
       machine=dict(memory_limit=config_dict.placeholder(int)),
       mesh=dict(data=1, fsdp=1, expert=1, tensor=1),
       chunk_size=16,
+      num_row_buckets=6,
     )
   )

@@ -36,8 +36,10 @@ from postrain.sampling import extend, sample, sample_in_slots
 from postrain.train_step import make_train_step
 from postrain.types import (
   Batch,
+  Mean,
   Metrics,
   Model,
+  Packing,
   Params,
   Samples,
 )
@@ -54,13 +56,14 @@ class Algorithm(NamedTuple):
     greedy: as ``sample``, one greedy completion of each prompt; None unless the
       advantage asks for their rewards, ``baselines``.
     prepare: (params, ref_params, prompts, prompt_mask, samples, rewards,
-      signals) -> (Batch, Metrics, columns): scores, KL in the reward,
-      advantages, and figures of each completion. The ``signals`` are those of
-      `postrain.batches.assemble`.
-    update: (state, batch, rows, key) -> (state, Metrics): one optimiser step on
-      the minibatch of ``rows``; the key is for masks that draw.
-    imitate: (state, tokens, valid, mask) -> (state, Metrics): one supervised
-      step.
+      signals, packing=None) -> (Batch, Metrics, columns): scores, KL in the
+      reward, advantages, and figures of each completion. The ``signals`` are
+      those of `postrain.batches.assemble`; the packing is that of the scores.
+    update: (state, batch, rows, key, packing=None) -> (state, Metrics): one
+      optimiser step on the minibatch of ``rows``, so packed; the key is for
+      masks that draw.
+    imitate: (state, tokens, valid, mask, packing=None) -> (state, Metrics): one
+      supervised step.
     move_reference: (ref_params, params, iteration) -> ref_params.
     rl_optimizer, sft_optimizer: their gradient transformations.
     uses_reference: whether anything reads the reference.
@@ -128,13 +131,17 @@ def _make_update(
   measure = _make_measure(recipe, model, recipe.rl.num_micro_batches)
 
   def update(
-    state: Any, batch: Batch, rows: Any, key: Any
-  ) -> tuple[Any, Metrics]:
+    state: Any, batch: Batch, rows: Any, key: Any,
+    packing: Packing | None = None,
+  ) -> tuple[Any, Metrics]:  # fmt: skip
     if recipe.rl.num_minibatches > 1:  # a gather would move rows of one too
       batch = take(batch, rows)
+    if packing is not None:
+      batch = dataclasses.replace(batch, packing=packing)
     batch = select(state.params['actor'], batch, key)
     batch = measure(state.params['actor'], batch)
-    return rl_step(state, {}, weigh(batch))
+    state, metrics = rl_step(state, {}, weigh(batch))
+    return state, metrics | _fill(packing)
 
   return update
 
@@ -155,16 +162,29 @@ def _make_imitate(
   measure = _make_measure(recipe, model, recipe.sft.num_micro_batches)
 
   def imitate(
-    state: Any, tokens: Any, valid: Any, mask: Any
-  ) -> tuple[Any, Metrics]:
+    state: Any, tokens: Any, valid: Any, mask: Any,
+    packing: Packing | None = None,
+  ) -> tuple[Any, Metrics]:  # fmt: skip
     weights = {
       'policy': aggregation.token_mean(mask),
       'balance': aggregation.token_mean(valid),
     }
-    batch = Batch(tokens, valid, mask, weights, {})
-    return sft_step(state, {}, measure(state.params['actor'], batch))
+    batch = Batch(tokens, valid, mask, weights, {}, packing)
+    batch = measure(state.params['actor'], batch)
+    state, metrics = sft_step(state, {}, batch)
+    return state, metrics | _fill(packing)
 
   return imitate
+
+
+def _fill(packing: Packing | None) -> Metrics:
+  """The share of packed slots that hold a token."""
+  if packing is None:
+    return {}
+  full = packing.segment_ids > 0
+  return {
+    'update/fill': Mean(full.sum(dtype=jnp.float32), jnp.float32(full.size))
+  }
 
 
 def _optional(module: Any, block: Block | None) -> Callable | None:

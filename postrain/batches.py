@@ -1,6 +1,6 @@
 """From rollouts to optimiser minibatches: advantages, weights, layouts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import inspect
 from typing import Any
@@ -219,7 +219,7 @@ def pack(
   width: int,
   num_slices: int = 1,
   unit_size: int = 1,
-  num_rows: int | None = None,
+  num_rows: int | Sequence[int] | None = None,
 ) -> Packing:
   """Lay sequences of unequal lengths into few rows (first fit, longest first).
 
@@ -231,34 +231,42 @@ def pack(
     width: slots of a row, at least the longest sequence.
     num_slices: number of micro-batches or scoring slices.
     unit_size: rows of a unit.
-    num_rows: rows of a slice; as few as will do if None.
+    num_rows: rows of a slice, or several numbers, of which the least that will
+      do is taken; as few as will do if None.
 
   Raises:
     ValueError: a sequence is longer than a row, or rows do not suffice.
   """
+  arrays = packed_places(
+    valid, width=width, num_slices=num_slices, unit_size=unit_size,
+    num_rows=num_rows,
+  )  # fmt: skip
+  return Packing(
+    *map(jnp.asarray, arrays), num_slices=num_slices, unit_size=unit_size
+  )
+
+
+def packed_places(
+  valid: Bool[np.ndarray, 'B T'], *, width: int, num_slices: int = 1,
+  unit_size: int = 1, num_rows: int | Sequence[int] | None = None,
+) -> tuple[Int[np.ndarray, '...'], ...]:  # fmt: skip
+  """The arrays of `pack` on the host: nothing is compiled for them."""
   longest = int(valid.sum(-1).max(initial=0))
   if longest > width:
     raise ValueError(f'a sequence of {longest} tokens, rows of {width} slots')
   slices = cut(valid, num_slices, unit_size)
   fits = [_first_fit(piece.sum(-1), width) for piece in slices]
   needed = max(max(rows, default=0) + 1 for rows, _ in fits)
-  if num_rows is not None and needed > num_rows:
+  given = (needed,) if num_rows is None else np.atleast_1d(num_rows)
+  enough = [int(number) for number in given if number >= needed]
+  if not enough:
     raise ValueError(f'{needed} rows are needed, num_rows={num_rows} given')
   pieces = [
-    _lay_out(piece, *fit, num_rows or needed, width)
+    _lay_out(piece, *fit, min(enough), width)
     for piece, fit in zip(slices, fits, strict=True)
   ]
   *layout, slot = (np.stack(x) for x in zip(*pieces, strict=True))
-  arrays = [*join(layout), join(slot, unit_size)]
-  source, segment_ids, positions, slot = map(jnp.asarray, arrays)
-  return Packing(
-    source=source,
-    segment_ids=segment_ids,
-    positions=positions,
-    slot=slot,
-    num_slices=num_slices,
-    unit_size=unit_size,
-  )
+  return *join(layout), join(slot, unit_size)
 
 
 def _first_fit(lengths: np.ndarray, width: int) -> tuple[list[int], list[int]]:

@@ -59,6 +59,7 @@ def check_assembly(
     if recipe.rl.share_prompts:
       micro //= recipe.sampling.num_samples
       _check_shards('prompts of an rl micro-batch', micro, shards)
+  _check_rows(recipe, environment)
   if recipe.sft.num_steps:
     micro = recipe.sft.batch_size // recipe.sft.num_micro_batches
     _check_shards('rows of an sft micro-batch', micro, shards)
@@ -171,6 +172,26 @@ def _check_versions(recipe: Recipe) -> None:
       raise ValueError(
         f'{field}={value!r} with {" and ".join(chosen)}, whose tokens are not'
         f' of one rollout: set it to {needed}'
+      )
+
+
+def _check_rows(recipe: Recipe, environment: Environment) -> None:
+  """Packed rows hold whole sequences, each with a prompt of its own."""
+  rl, sft = recipe.rl, recipe.sft
+  if rl.row_length is not None and rl.share_prompts:
+    raise ValueError(
+      f'rl.row_length={rl.row_length} with rl.share_prompts=True: a packed row'
+      ' reads the prompt of each of its completions; set one to None or False'
+    )
+  completed = environment.prompt_length + recipe.sampling.max_new_tokens
+  for field, width, longest in (
+    ('rl', rl.num_iterations and rl.row_length, completed),
+    ('sft', sft.num_steps and sft.row_length, environment.demonstration_length),
+  ):
+    if width and width < longest:
+      raise ValueError(
+        f'{field}.row_length={width}, but a sequence has up to {longest}'
+        ' tokens: set it to that at least, or to None'
       )
 
 

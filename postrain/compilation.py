@@ -10,6 +10,28 @@ from typing import Any, NamedTuple
 
 import jax
 
+# What makes a program smaller, by its kind.
+PARTS = ('a larger sampling.num_parts', 'mesh.data', 'model.dtype=bfloat16')
+SCORES = ('a larger rl.num_score_slices', 'a smaller chunk_size', 'mesh.fsdp')
+WHOLE = ('mesh.fsdp', 'mesh.tensor', 'model.lora')
+REMAT = 'model.remat=nothing_saveable'
+EXAMS = (
+  'a smaller evaluation.batch_size',
+  'a smaller evaluation.num_samples',
+  'a smaller sampling.max_new_tokens',
+)
+REMEDIES = {
+  'sample': PARTS,
+  'extend': ('a smaller rl.num_prompts', *PARTS[1:]),
+  'greedy': ('a smaller rl.num_prompts', *PARTS[1:]),
+  'prepare': SCORES,
+  'update': ('a larger rl.num_micro_batches', REMAT, 'mesh.fsdp'),
+  'imitate': ('a larger sft.num_micro_batches', REMAT, 'mesh.fsdp'),
+  'move_reference': WHOLE,
+  'begin': WHOLE,
+}
+SMALL = ('a smaller rl.num_prompts',)
+
 
 class Program(NamedTuple):
   """A jitted function, traced on what it will be called with.

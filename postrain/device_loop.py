@@ -107,6 +107,11 @@ def _check(
       f' rl.staleness={recipe.rl.staleness}: the device loop trains on rollouts'
       ' of its own iteration; set them to None and 0, or use the trainer'
     )
+  if recipe.rl.row_length is not None:
+    raise ValueError(
+      f'rl.row_length={recipe.rl.row_length}: rows are packed on the host,'
+      ' which the device loop does not ask; set it to None, or use the trainer'
+    )
   for path, values in hyperparameters.items():
     if values.shape != seeds.shape:
       raise ValueError(

@@ -17,6 +17,7 @@ from postrain.types import (
   Mean,
   Metrics,
   Model,
+  Packing,
   Params,
   Rollout,
   Samples,
@@ -61,13 +62,14 @@ def make_prepare(
   def prepare(
     params: Params, ref_params: Params, prompts: Any, prompt_mask: Any,
     samples: Samples, rewards: Any, signals: dict[str, Any],
+    packing: Packing | None = None,
   ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
     shared = None
     if recipe.rl.share_prompts:
       shared = SharedPrompts(prompts.shape[1], recipe.sampling.num_samples)
     score_rows = functools.partial(
-      score_fn, tokens=tokens, valid=valid, mask=mask, packing=shared
+      score_fn, tokens=tokens, valid=valid, mask=mask, packing=packing or shared
     )
     arrays, metrics, columns = _with_old(
       recipe, score_rows, params['actor'], samples, mask

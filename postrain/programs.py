@@ -13,36 +13,17 @@ from postrain import sharding
 from postrain.adapted import trainable
 from postrain.algorithm import Algorithm
 from postrain.batches import minibatch_rows
-from postrain.compilation import Program
+from postrain.compilation import EXAMS, REMEDIES, SMALL, Program
 from postrain.environments import Environment
 from postrain.evaluator import Evaluator
 from postrain.keys import minibatch_key, run_key
 from postrain.masks import informative_groups
+from postrain.packing import layouts, real_tokens, with_slots
 from postrain.recipe import Recipe
+from postrain.shapes import Shapes
 from postrain.states import States
 from postrain.train_step import merge
-from postrain.types import Batch, Metrics, Samples, TrainState
-
-PARTS = ('a larger sampling.num_parts', 'mesh.data', 'model.dtype=bfloat16')
-SCORES = ('a larger rl.num_score_slices', 'a smaller chunk_size', 'mesh.fsdp')
-WHOLE = ('mesh.fsdp', 'mesh.tensor', 'model.lora')
-REMAT = 'model.remat=nothing_saveable'
-EXAMS = (
-  'a smaller evaluation.batch_size',
-  'a smaller evaluation.num_samples',
-  'a smaller sampling.max_new_tokens',
-)
-REMEDIES = {
-  'sample': PARTS,
-  'extend': ('a smaller rl.num_prompts', *PARTS[1:]),
-  'greedy': ('a smaller rl.num_prompts', *PARTS[1:]),
-  'prepare': SCORES,
-  'update': ('a larger rl.num_micro_batches', REMAT, 'mesh.fsdp'),
-  'imitate': ('a larger sft.num_micro_batches', REMAT, 'mesh.fsdp'),
-  'move_reference': WHOLE,
-  'begin': WHOLE,
-}
-SMALL = ('a smaller rl.num_prompts',)
+from postrain.types import Batch, Metrics, Params, Samples, TrainState
 
 
 class Programs:
@@ -59,23 +40,33 @@ class Programs:
     self.recipe, self.environment = recipe, environment
     self.states, self.evaluator = states, evaluator
     self._batches: dict[tuple, Any] = {}  # structures, by shape of the tokens
+    self._layouts = layouts(recipe, environment)
+    self._shapes = Shapes(recipe, states, self._layouts)
+
+    def packed(name: str, fn: Callable) -> Callable:
+      layout = self._layouts.get(name)
+      return fn if layout is None else layout.reading(fn)
+
     # What comes out is laid out as it goes in: said, not left to the compiler,
     # for all is compiled before anything exists, and once.
     rows, same = sharding.rows(states.mesh), sharding.replicated(states.mesh)
-    online, supervised = map(sharding.of, self._states)
+    online, supervised = map(sharding.of, self._shapes.states)
     self.sample = jax.jit(algorithm.sample)
     self.extend: Any = algorithm.extend and jax.jit(algorithm.extend)
     self.greedy = algorithm.greedy and jax.jit(algorithm.greedy)
     self._prepare = jax.jit(
-      self._to_leaves(algorithm.prepare), out_shardings=(rows, None, None)
+      self._to_leaves(packed('prepare', algorithm.prepare)),
+      out_shardings=(rows, None, None),
     )
     self._update = jax.jit(
-      self._from_leaves(algorithm.update),
+      self._from_leaves(packed('update', algorithm.update)),
       donate_argnums=0,
       out_shardings=(online, same),
     )
-    self.imitate = jax.jit(
-      algorithm.imitate, donate_argnums=0, out_shardings=(supervised, same)
+    self._imitate = jax.jit(
+      packed('imitate', algorithm.imitate),
+      donate_argnums=0,
+      out_shardings=(supervised, same),
     )
     self.move_reference = jax.jit(
       algorithm.move_reference, out_shardings=online.ref_params
@@ -86,16 +77,45 @@ class Programs:
     )
     self.merge = jax.jit(_merge)
 
-  def prepare(self, *arguments: Any) -> tuple[Batch, Metrics, dict[str, Any]]:
+  # Of the three that may be packed: arrays of the host in, which are placed.
+
+  def imitate(
+    self, state: TrainState, tokens: Any, valid: Any, mask: Any
+  ) -> tuple[TrainState, Metrics]:
+    """That of `Algorithm`; the state is donated."""
+    arrays, packing = (tokens, valid, mask), None
+    if layout := self._layouts.get('imitate'):
+      widths = ((0, 0), (0, layout.length - tokens.shape[1]))
+      arrays = tuple(np.pad(x, widths) for x in arrays)
+      packing = layout.pack(arrays[1])
+    return self._imitate(state, *self._put((*arrays, packing)))
+
+  def prepare(
+    self, params: dict[str, Params], ref_params: Params | None, prompts: Any,
+    prompt_mask: Any, samples: Samples, *rest: Any,
+  ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     """That of `Algorithm`."""
-    leaves, *rest = self._prepare(*arguments)
-    return self._batch(leaves), *rest
+    packing, arrays = None, (prompts, prompt_mask, samples)
+    if 'update' in self._layouts:
+      arrays = with_slots(*arrays, self.environment.prompt_length)
+    if layout := self._layouts.get('prepare'):
+      packing = layout.pack(real_tokens(*arrays[1:]))
+    placed = self._put((*arrays, *rest, packing))
+    leaves, *others = self._prepare(params, ref_params, *placed)
+    return self._batch(leaves), *others
 
   def update(
     self, state: TrainState, batch: Batch, rows: Any, key: Any
   ) -> tuple[TrainState, Metrics]:
     """That of `Algorithm`; the state is donated."""
-    return self._update(state, jax.tree.leaves(batch), rows, key)
+    packing = None
+    if layout := self._layouts.get('update'):  # waits for the scores
+      valid = np.asarray(batch.valid)[np.asarray(rows)]
+      packing = self._put(layout.pack(valid))
+    return self._update(state, jax.tree.leaves(batch), rows, key, packing)
+
+  def _put(self, arrays: Any) -> Any:
+    return sharding.put_rows(self.states.mesh, arrays)
 
   # Arrays pass between the two as they are: a batch holds arrays, not shapes.
 
@@ -126,7 +146,8 @@ class Programs:
     if self.recipe.sft.num_steps:
       self._supervised(self.environment.demonstration_length)
     if self.recipe.rl.num_iterations:
-      self._iteration(self.environment.prompt_length)
+      self._learning(self.environment.prompt_length)
+      self._drawing(self.environment.prompt_length)
 
   def needed(self, start: int) -> list[Program]:
     """What steps from ``start`` on will call, the slowest to compile first."""
@@ -135,83 +156,99 @@ class Programs:
     found: list[Program] = []
     if iterations:
       first = max(start - supervised, 0) * recipe.rollouts
-      lengths = {environment.prompt_length}
+      longest = {environment.prompt_length}
+      lengths = longest
       if self.extend is None:
         lengths = environment.prompt_lengths(
           range(first, iterations * recipe.rollouts), recipe.rl.num_prompts
         )
-      for length in sorted(lengths, reverse=True):
-        found += self._iteration(length)
+      learnt = longest if 'update' in self._layouts else lengths
+      found += _longest_first(self._learning, learnt)
       found += self._small(found[0])
+      found += _longest_first(self._drawing, lengths)
       if start <= supervised:
         found.append(self._beginning())
     if start < supervised:
-      lengths = environment.demonstration_lengths(
-        range(start, supervised), recipe.sft.batch_size, recipe.sft.num_examples
-      )
-      found += map(self._supervised, sorted(lengths, reverse=True))
+      lengths = {environment.demonstration_length}
+      if 'imitate' not in self._layouts:
+        choices = recipe.sft.batch_size, recipe.sft.num_examples
+        steps = range(start, supervised)
+        lengths = environment.demonstration_lengths(steps, *choices)
+      found += _longest_first(self._supervised, lengths)
     if recipe.evaluation.every:
       found += self._exams()
     return found
 
-  def _iteration(self, slots: int) -> list[Program]:
-    """The functions of an iteration whose prompts have so many slots."""
-    recipe, state = self.recipe, self._states[0]
+  def _learning(self, slots: int) -> list[Program]:
+    """Scores and updates of a rollout whose prompts have so many slots."""
+    recipe, state = self.recipe, self._shapes.states[0]
     num_prompts = recipe.rl.num_prompts
     shape = (num_prompts, recipe.sampling.num_samples)
-    drawn, samples = self._drawn(slots)
+    *_, samples = self._drawn(slots)
     self._rehearse_rewards(slots, samples)
     signals = {'reward_parts': _floats(*shape, len(recipe.rewards))}
-    whole = self._prompts(num_prompts, slots)
-    scored = (state.params, state.ref_params)
-    greedy = []
     if self.greedy is not None:
       signals['baselines'] = _floats(num_prompts)
-      best = self.greedy.trace(state.params, *whole)
-      greedy = [self._program(f'greedy[{slots}]', best, state, state.params)]
-    prepared = self._prepare.trace(
-      *scored, *whole[:2], samples, *self._rows((_floats(*shape), signals))
-    )
-    leaves = self._rows(prepared.out_info[0])
+    scored = (state.params, state.ref_params)
+    arrays = self._shapes.rows((_floats(*shape), signals))
+    arrays = *self._shapes.prompts(num_prompts, slots)[:2], samples, *arrays
+    prepared = {
+      size: self._prepare.trace(*scored, *arrays, packing)
+      for size, packing in self._shapes.packings('prepare').items()
+    }
+    leaves = self._shapes.rows(next(iter(prepared.values())).out_info[0])
     size = math.prod(shape) // recipe.rl.num_minibatches
-    rows = self._same(jax.ShapeDtypeStruct((size,), jnp.int32))
-    update = self._update.trace(state, leaves, rows, self._key)
+    rows = self._shapes.same(jax.ShapeDtypeStruct((size,), jnp.int32))
+    updates = {
+      size: self._update.trace(state, leaves, rows, self._shapes.key, packing)
+      for size, packing in self._shapes.packings('update').items()
+    }
+    kinds = ('update', updates, state), ('prepare', prepared, scored)
     return [
-      self._program(f'update[{slots}]', update, state, state),
-      drawn,
-      self._program(f'prepare[{slots}]', prepared, state, scored),
-      *greedy,
+      self._program(f'{name}[{slots}{size}]', traced, state, held)
+      for name, traces, held in kinds
+      for size, traced in traces.items()
     ]
 
-  def _drawn(self, slots: int) -> tuple[Program, Samples]:
-    """What draws the completions of an iteration, and all of these."""
-    recipe, state = self.recipe, self._states[0]
+  def _drawn(self, slots: int) -> tuple[str, Any, Samples]:
+    """The sampler, traced on prompts of so many slots, and all its samples."""
+    recipe, params = self.recipe, self._shapes.states[0].params
     parts, carried = recipe.sampling.num_parts, self.states.carried
-    prompts = self._prompts(recipe.rl.num_prompts // parts, slots)
-    samples: Any = None if carried is None else self._rows(carried.samples)
+    prompts = self._shapes.prompts(recipe.rl.num_prompts // parts, slots)
+    samples: Any = carried and self._shapes.rows(carried.samples)
     if self.extend is not None:
-      name, more = 'extend', (samples, np.int32(0))
-      traced = self.extend.trace(state.params, *prompts, *more)
-    else:
-      name, traced = 'sample', self.sample.trace(state.params, *prompts)
-      samples = samples or self._rows(traced.out_info, parts)
-    program = self._program(f'{name}[{slots}]', traced, state, state.params)
-    return program, samples
+      more = (samples, np.int32(0))
+      return 'extend', self.extend.trace(params, *prompts, *more), samples
+    traced = self.sample.trace(params, *prompts)
+    return (
+      'sample',
+      traced,
+      samples or self._shapes.rows(traced.out_info, parts),
+    )
+
+  def _drawing(self, slots: int) -> list[Program]:
+    """The samplers of prompts of so many slots."""
+    state, (name, drawn, _) = self._shapes.states[0], self._drawn(slots)
+    found = [self._program(f'{name}[{slots}]', drawn, state, state.params)]
+    if self.greedy is not None:
+      prompts = self._shapes.prompts(self.recipe.rl.num_prompts, slots)
+      best = self.greedy.trace(state.params, *prompts)
+      found.append(self._program(f'greedy[{slots}]', best, state, state.params))
+    return found
 
   def _small(self, update: Program) -> list[Program]:
     """The other functions of an iteration: nothing in them has prompts."""
-    recipe, state = self.recipe, self._states[0]
+    recipe, state = self.recipe, self._shapes.states[0]
     choices, zero = recipe.rl, np.int32(0)
-    figures = [self._same(update.traced.out_info[1])]
+    figures = [self._shapes.same(update.traced.out_info[1])]
     figures *= choices.num_epochs * choices.num_minibatches
     rewards = _floats(choices.num_prompts, recipe.sampling.num_samples)
     cut = self.minibatches.trace(zero, zero, state.step)
+    judged = self.informative.trace(rewards)
     found = [
       self._program('minibatches', cut, state, state.step),
       self._program('merge', self.merge.trace(figures), state, None),
-      self._program(
-        'informative', self.informative.trace(rewards), state, None
-      ),
+      self._program('informative', judged, state, None),
     ]
     if state.ref_params is not None:
       moved = (state.ref_params, state.params['actor'])
@@ -220,26 +257,30 @@ class Programs:
     return found
 
   def _beginning(self) -> Program:
-    state = self._states[0]
+    state = self._shapes.states[0]
     traced = self.states.begin.trace(trainable(state.params))
     made = (state.opt_state, state.ref_params, trainable(state.params))
     return self._program('begin', traced, state, made)
 
-  def _supervised(self, length: int) -> Program:
-    state = self._states[1]
-    shape = (self.recipe.sft.batch_size, length)
-    tokens, valid = (
-      jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool)
-    )
-    traced = self.imitate.trace(state, *self._rows((tokens, valid, valid)))
-    return self._program(f'imitate[{length}]', traced, state, state)
+  def _supervised(self, length: int) -> list[Program]:
+    state = self._shapes.states[1]
+    arrays = self._shapes.demonstrations(length)
+    return [
+      self._program(
+        f'imitate[{length}{size}]',
+        self._imitate.trace(state, *arrays, packing),
+        state,
+        state,
+      )
+      for size, packing in self._shapes.packings('imitate').items()
+    ]
 
   def _exams(self) -> list[Program]:
     # The stage with a reference is the one that has less room.
-    state = self._states[not self.recipe.rl.num_iterations]
+    state = self._shapes.states[not self.recipe.rl.num_iterations]
     return [
       self._program(f'evaluate {name}', traced, state, state.params, EXAMS)
-      for name, traced in self.evaluator.traced(state.params, self._key)
+      for name, traced in self.evaluator.traced(state.params, self._shapes.key)
     ]
 
   def _rehearse_rewards(self, slots: int, samples: Any) -> None:
@@ -259,40 +300,13 @@ class Programs:
     kind = name.partition('[')[0]
     return Program(name, traced, beside, REMEDIES.get(kind, remedies))
 
-  @functools.cached_property
-  def _key(self) -> Any:
-    return self._same(jax.eval_shape(jax.random.key, 0))
 
-  @functools.cached_property
-  def _states(self) -> tuple[TrainState, TrainState]:
-    """Those of the two stages, the online one first."""
-    supervised = self.recipe.sft.num_steps
-    return self.states.abstract(supervised + 1), self.states.abstract(1)
-
-  def _prompts(self, num_prompts: int, slots: int) -> tuple[Any, ...]:
-    """What a sampler takes beside parameters: prompts, mask, key, ids."""
-    shape = (num_prompts, slots)
-    tokens, mask = self._rows(
-      tuple(jax.ShapeDtypeStruct(shape, d) for d in (jnp.int32, bool))
-    )
-    return tokens, mask, self._key, np.arange(num_prompts, dtype=np.int32)
-
-  def _same(self, shapes: Any) -> Any:
-    """The shapes of arrays that are the same on every device."""
-    same = sharding.replicated(self.states.mesh)
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same), shapes
-    )
-
-  def _rows(self, shapes: Any, repeats: int = 1) -> Any:
-    """The shapes of arrays whose rows, so many times, are cut over devices."""
-    rows = sharding.rows(self.states.mesh)
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        (x.shape[0] * repeats, *x.shape[1:]), x.dtype, sharding=rows
-      ),
-      shapes,
-    )
+def _longest_first(
+  programs: Callable[[int], list[Program]], lengths: set[int]
+) -> list[Program]:
+  """The programs of each length."""
+  longest_first = sorted(lengths, reverse=True)
+  return [each for length in longest_first for each in programs(length)]
 
 
 def _minibatches(

@@ -154,6 +154,9 @@ def _check_positive(recipe: Recipe) -> None:
           )
   for field, value in (
     ('chunk_size', recipe.chunk_size),
+    ('num_row_buckets', recipe.num_row_buckets),
+    ('sft.row_length', recipe.sft.row_length),
+    ('rl.row_length', recipe.rl.row_length),
     ('sft.num_examples', recipe.sft.num_examples),
     ('machine.memory_limit', recipe.machine.memory_limit),
     ('sampling.top_k', recipe.sampling.top_k),

@@ -21,6 +21,7 @@ class Supervised:
   batch_size: int
   num_examples: int | None  # distinct demonstrations; None for all there are
   num_micro_batches: int
+  row_length: int | None  # tokens of a packed row; None pads a row for each
   optimizer: Block
 
 
@@ -37,6 +38,7 @@ class Reinforcement:
   rescore: bool  # old log-probs have a pass of their own; see `checks`
   share_prompts: bool  # the model reads a prompt once for all its completions
   staleness: int  # iterations that a rollout is sampled ahead of its update
+  row_length: int | None  # tokens of a packed row; None pads a row for each
   optimizer: Block
 
 
@@ -174,6 +176,7 @@ class Recipe:
   machine: Machine
   mesh: Mesh
   chunk_size: int  # time positions whose logits exist at once
+  num_row_buckets: int  # numbers of packed rows that are compiled for
 
   @property
   def unit_size(self) -> int:

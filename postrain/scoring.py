@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from postrain.batches import check_packing, cut, join, together
 from postrain.dtypes import promoted
@@ -114,7 +114,7 @@ def read_states(
   if isinstance(packing, Packing):
     positions, segment_ids = packing.positions, packing.segment_ids
     tokens, experts = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:])[packing.source], (tokens, experts)
+      lambda x: relaid(x, packing.source), (tokens, experts)
     )
   hidden, _, captured = forward(
     model, params, tokens, positions=positions, segment_ids=segment_ids,
@@ -124,12 +124,19 @@ def read_states(
     return hidden, captured
 
   def unpacked(x: Array) -> Array:
-    return x.reshape(-1, *x.shape[2:])[packing.slot]
+    return relaid(x, packing.slot)
 
   return unpacked(hidden), {
     name: unpacked(x) if name == 'experts' else jax.vmap(unpacked)(x)
     for name, x in captured.items()
   }
+
+
+def relaid(
+  x: Shaped[Array, 'R N ...'], places: Int[Array, 'B T']
+) -> Shaped[Array, 'B T ...']:
+  """Pick by flat places: from rows to packed rows, or back."""
+  return x.reshape(-1, *x.shape[2:])[places]
 
 
 def _behind_prompts(
@@ -260,15 +267,18 @@ def map_logits(
 ) -> Any:
   """Map a per-token function of logits over chunks of time.
 
-  Where ``packing`` tells slots of prompts, nothing is asked for there: 0.
+  Where ``packing`` tells slots of prompts, nothing is asked for there: 0. Of
+  packed rows only what they hold is unembedded; padding takes any figure.
   """
   start = packing.length if isinstance(packing, SharedPrompts) else 0
+  inputs = [x[:, start:] for x in (hidden, *arrays)]
+  if isinstance(packing, Packing):
+    inputs = [relaid(x, packing.source) for x in inputs]
   figures = map_time_chunks(
-    fn,
-    lambda h: model.unembed(params, h),
-    *(x[:, start:] for x in (hidden, *arrays)),
-    chunk_size=chunk_size,
+    fn, lambda h: model.unembed(params, h), *inputs, chunk_size=chunk_size
   )
+  if isinstance(packing, Packing):
+    return jax.tree.map(lambda x: relaid(x, packing.slot), figures)
 
   def behind_prompt(x: Array) -> Array:
     return jnp.pad(x, [(0, 0), (start, 0)] + [(0, 0)] * (x.ndim - 2))

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
-import functools
 import os
 from typing import Any
 
@@ -180,7 +179,6 @@ class Trainer:
     arrays = self.environment.demonstrations(
       step, choices.batch_size, choices.num_examples
     )
-    arrays = sharding.put_rows(self.mesh, arrays)
     state, figures = self._programs.imitate(state, *arrays)
     send(figures)
     report.flush()
@@ -203,15 +201,15 @@ class Trainer:
     prompts, samples, rewards = rollout
     total = weighted_sum(rewards, self.environment.weights)
     signals = self._collector.signals(state.params, prompts, rewards, timer)
-    put = functools.partial(sharding.put_rows, self.mesh)
     started = timer.add('score')
     batch, figures, columns = self._prepare(
       state.params,
       state.ref_params,
-      *put((prompts.tokens, prompts.mask)),
-      put(samples),
-      put(total.reshape(len(prompts.tokens), -1)),
-      put(signals),
+      prompts.tokens,
+      prompts.mask,
+      samples,
+      total.reshape(len(prompts.tokens), -1),
+      signals,
     )
     state, updates = self._optimise(state, batch, iteration)
     send((informative, figures, columns, updates))

@@ -35,7 +35,8 @@ LAYERS = (
     'compilation',
     *('device_loop', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
-    *('preparation', 'recipe', 'schema', 'states', 'streaming', 'trainer'),
+    *('packing', 'preparation', 'recipe', 'schema', 'shapes', 'states'),
+    *('streaming', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}

@@ -120,3 +120,5 @@ def test_what_needs_the_host_is_refused(changes):
 def test_slots_are_refused():
   with pytest.raises(ValueError, match=r'num_slots=4.*set it to None'):
     device_loop.run(config(sampling__num_slots=4), seeds=SEEDS)
+  with pytest.raises(ValueError, match=r'row_length=32.*set it to None'):
+    device_loop.run(config(rl__row_length=32), seeds=SEEDS)

@@ -1,0 +1,76 @@
+"""What the programs of a run will be called with, as shapes with shardings."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from postrain import sharding
+from postrain.packing import Layout
+from postrain.recipe import Recipe
+from postrain.states import States
+from postrain.types import TrainState
+
+
+class Shapes:
+  """Shapes that follow from the recipe, the mesh and the slots of prompts."""
+
+  def __init__(
+    self, recipe: Recipe, states: States, layouts: dict[str, Layout]
+  ):
+    self._recipe, self._states, self._layouts = recipe, states, layouts
+
+  @functools.cached_property
+  def key(self) -> Any:
+    """A key of the run."""
+    return self.same(jax.eval_shape(jax.random.key, 0))
+
+  @functools.cached_property
+  def states(self) -> tuple[TrainState, TrainState]:
+    """Those of the two stages, the online one first."""
+    supervised = self._recipe.sft.num_steps
+    return self._states.abstract(supervised + 1), self._states.abstract(1)
+
+  def prompts(self, num_prompts: int, slots: int) -> tuple[Any, ...]:
+    """What a sampler takes beside parameters: prompts, mask, key, ids."""
+    shape = (num_prompts, slots)
+    tokens, mask = self.rows(
+      tuple(jax.ShapeDtypeStruct(shape, d) for d in (jnp.int32, bool))
+    )
+    return tokens, mask, self.key, np.arange(num_prompts, dtype=np.int32)
+
+  def demonstrations(self, length: int) -> tuple[Any, ...]:
+    """Tokens, which are real, and which are trained."""
+    shape = (self._recipe.sft.batch_size, length)
+    return self.rows(
+      tuple(jax.ShapeDtypeStruct(shape, d) for d in (jnp.int32, bool, bool))
+    )
+
+  def packings(self, program: str) -> dict[str, Any]:
+    """The packings that a program may meet, by name, the largest first."""
+    if program not in self._layouts:
+      return {'': None}
+    shapes = self._layouts[program].shapes()
+    return {
+      f', {num_rows} rows': self.rows(shapes[num_rows])
+      for num_rows in sorted(shapes, reverse=True)
+    }
+
+  def same(self, shapes: Any) -> Any:
+    """The shapes of arrays that are the same on every device."""
+    same = sharding.replicated(self._states.mesh)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same), shapes
+    )
+
+  def rows(self, shapes: Any, repeats: int = 1) -> Any:
+    """The shapes of arrays whose rows, so many times, are cut over devices."""
+    rows = sharding.rows(self._states.mesh)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        (x.shape[0] * repeats, *x.shape[1:]), x.dtype, sharding=rows
+      ),
+      shapes,
+    )
