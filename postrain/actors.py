@@ -65,6 +65,7 @@ def transformer(
   dtype: str = 'float32',
   param_dtype: str = 'float32',
   remat: str | None = None,
+  attention: str = 'auto',
   lora: dict[str, Any] | None = None,
   quantize: Literal['int8', 'nf4'] | None = None,
 ) -> Actor:
@@ -77,28 +78,15 @@ def transformer(
     ValueError: the family, whose layout the export will have, lacks a feature.
   """
   config = Config(
-    vocab_size=environment.vocab_size,
-    num_layers=num_layers,
-    model_dim=model_dim,
-    mlp_dim=mlp_dim,
-    num_heads=num_heads,
-    num_kv_heads=num_kv_heads,
-    head_dim=head_dim,
-    max_length=max_length,
-    family=family,
-    rope_theta=rope_theta,
-    norm_eps=norm_eps,
-    tie_embeddings=tie_embeddings,
-    qkv_bias=qkv_bias,
-    qk_norm=qk_norm,
-    num_experts=num_experts,
-    experts_per_token=experts_per_token,
-    normalize_gates=normalize_gates,
-    shared_mlp_dim=shared_mlp_dim,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    remat=remat,
-  )
+    vocab_size=environment.vocab_size, num_layers=num_layers,
+    model_dim=model_dim, mlp_dim=mlp_dim, num_heads=num_heads,
+    num_kv_heads=num_kv_heads, head_dim=head_dim, max_length=max_length,
+    family=family, rope_theta=rope_theta, norm_eps=norm_eps,
+    tie_embeddings=tie_embeddings, qkv_bias=qkv_bias, qk_norm=qk_norm,
+    num_experts=num_experts, experts_per_token=experts_per_token,
+    normalize_gates=normalize_gates, shared_mlp_dim=shared_mlp_dim,
+    dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention,
+  )  # fmt: skip
   return _from_scratch(environment, config, lora, quantize)
 
 
@@ -118,6 +106,7 @@ def pretrained(
   directory: str,
   dtype: str = 'float32',
   remat: str | None = None,
+  attention: str = 'auto',
   lora: dict[str, Any] | None = None,
   quantize: Literal['int8', 'nf4'] | None = None,
 ) -> Actor:
@@ -129,7 +118,7 @@ def pretrained(
   they are and its adapters train; ``quantize`` stores them in fewer bits.
   """
   opened = hub.open(directory, dtype=dtype)
-  config = dataclasses.replace(opened.config, remat=remat)
+  config = dataclasses.replace(opened.config, remat=remat, attention=attention)
   model = _model(config, lora, quantize)
 
   def init(_: Any, shardings: Any) -> Params:

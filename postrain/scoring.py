@@ -112,6 +112,7 @@ def read_states(
       (tokens, positions, segment_ids, experts),
     )  # fmt: skip
   if isinstance(packing, Packing):
+    model = model.packed or model
     positions, segment_ids = packing.positions, packing.segment_ids
     tokens, experts = jax.tree.map(
       lambda x: relaid(x, packing.source), (tokens, experts)

@@ -134,6 +134,8 @@ def sum_over_shards(
   fn: Callable[..., jax.Array],
   arrays: tuple[jax.Array, ...],
   axes: tuple[tuple[str | None, ...], ...],
+  *,
+  check_vma: bool = True,
 ) -> jax.Array:
   """Run a function on the parts of its arrays that lie on each device.
 
@@ -145,6 +147,7 @@ def sum_over_shards(
     fn: of the arrays; additive over the axes that its output lacks.
     arrays: what it takes.
     axes: logical axes of each array.
+    check_vma: of `jax.shard_map`.
 
   Returns:
     The output, whole along the axes that were summed over.
@@ -162,6 +165,7 @@ def sum_over_shards(
     lambda *parts: jax.lax.psum(fn(*parts), summed),
     in_specs=specs,
     out_specs=specs[0],
+    check_vma=check_vma,
   )(*arrays)
 
 

@@ -112,6 +112,8 @@ class Model:
     normalize: (params, residual) -> hidden, the final norm, so that
       unembed(normalize(residual[l])) is the policy of layer l.
     num_experts: of each layer; 0 where the network is dense.
+    packed: the same network for rows of several segments, where ``hidden`` and
+      ``internals`` read rows of one; None where they read both.
     kernels: path of each matrix that may be a `postrain.models.lora.LowRank` ->
       its numbers of stacked and of input axes; None where none may.
   """
@@ -127,6 +129,7 @@ class Model:
   reads_prefix: bool = False
   normalize: Callable[[Params, Array], Array] | None = None
   num_experts: int = 0
+  packed: 'Model | None' = None
   kernels: Callable[[], dict[Path, tuple[int, int]]] | None = None
 
   @functools.cached_property

@@ -133,6 +133,8 @@ FIELDS = [
   ('arithmetic', {'model.name': 'sort_policy'}, 'has no hyperparameter'),
   ('arithmetic', {'model.num_kv_heads': 3}, 'num_kv_heads=3 does not divide'),
   ('arithmetic', {'model.remat': 'all'}, "remat='all' is not a policy"),
+  ('arithmetic', {'model.attention': 'flash'}, "attention='flash': use one of"),
+  ('arithmetic', {'model.attention': 'cudnn'}, 'needs an NVIDIA GPU .* not cp'),
   ('arithmetic', {'model.max_length': 6}, 'up to 7 tokens, the model 6'),
   ('text', {'environment.train': 'no.jsonl'}, 'no.jsonl is no file'),
   ('text', {'environment.prompt': 'query'}, "has no field 'query'"),

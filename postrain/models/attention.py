@@ -15,14 +15,18 @@ class View(NamedTuple):
 
   ``visible[b, n, s]`` tells whether new token ``n`` sees slot ``s``, where the
   slots are those of the past, level by level, and then those of the cache that
-  the new tokens are put into, ``at`` a slot, or, without one, these tokens. The
-  views of several kinds of layers are stacked on a leading axis.
+  the new tokens are put into, ``at`` a slot, or, without one, these tokens. It
+  is None where a kernel reads whole sequences, by ``segment_ids`` and the
+  ``window``, a number of `Config.windows`. The views of several kinds of layers
+  are stacked on a leading axis.
   """
 
   cos: Float[Array, '*K B N 1 half']
   sin: Float[Array, '*K B N 1 half']
-  visible: Bool[Array, '*K B N S']
+  visible: Any  # Bool[Array, '*K B N S']
   at: Any = None  # Int[Array, '*K']
+  segment_ids: Any = None  # Int[Array, '*K B N']
+  window: Any = None  # Int[Array, '*K']
 
 
 class Level(NamedTuple):

@@ -22,6 +22,7 @@ CHOICES = {
   'qk_norm_over': ('head', 'heads'),
   'position_embedding': ('rotary', 'learned'),
   'head': ('language_model', 'sequence_labels', 'token_labels'),
+  'attention': ('auto', 'xla', 'cudnn', 'splash'),
 }
 LAYER_TYPES = ('full', 'sliding', 'unrotated')
 
@@ -86,6 +87,9 @@ class Config:
     remat: name of a policy of `jax.checkpoint_policies` for the blocks; None
       keeps every activation for the backward pass.
     scan_layers: compile one layer and loop over it; False compiles each.
+    attention: within whole sequences: 'xla', 'cudnn' (NVIDIA GPUs), 'splash'
+      (TPUs), or 'auto', whichever of them the backend and the model allow; see
+      `postrain.models.kernels`.
   """
 
   vocab_size: int
@@ -129,6 +133,14 @@ class Config:
   param_dtype: str = 'float32'
   remat: str | None = None
   scan_layers: bool = True
+  attention: str = 'auto'
+
+  @property
+  def windows(self) -> tuple[int | None, ...]:
+    """What the kinds of layers see, each once; None is everything."""
+    kinds = self.layer_types or ('full',)
+    seen = (self.sliding_window if k == 'sliding' else None for k in kinds)
+    return tuple(dict.fromkeys(seen))
 
   def __post_init__(self) -> None:
     """Refuse what no model can be made of.

@@ -136,5 +136,6 @@ def scalar_head(model: Model) -> Model:
     logical_axes=logical_axes if model.logical_axes else None,
     internals=of_backbone(model.internals),
     normalize=of_backbone(model.normalize),
+    packed=model.packed and scalar_head(model.packed),
     kernels=None,  # adapt the backbone before it gets a head
   )

@@ -28,6 +28,7 @@ from postrain.models.attention import (
   written,
 )
 from postrain.models.config import Config
+from postrain.models.kernels import fused_attention, kernel
 from postrain.models.lora import LowRank, Stored
 from postrain.models.norms import layer_norm, rms_norm
 
@@ -166,8 +167,14 @@ class Block(nn.Module):
     )
     if layer.past or layer.own is not None:
       h = attention(query, (*layer.past, level), view.visible, **how)
-    else:
+    elif view.visible is not None:
       h = whole_attention(query, key, value, view.visible, **how)
+    else:
+      fused = functools.partial(
+        fused_attention, kernel(c), segment_ids=view.segment_ids, **how
+      )
+      branches = [functools.partial(fused, window=w) for w in c.windows]
+      h = jax.lax.switch(view.window, branches, query, key, value)
     output = self.weight(
       'output', (c.num_heads, c.head_dim, c.model_dim),
       ('heads', 'head_dim', 'width'), num_inputs=2, scale=residual_scale(c),

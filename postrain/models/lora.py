@@ -145,6 +145,7 @@ def lora(model: Model, adapters: LoRA) -> Model:
     internals=adapted(model.internals),
     serving=adapted(model.serving),
     normalize=adapted(model.normalize),
+    packed=model.packed and lora(model.packed, adapters),
     kernels=None,
   )
 

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from postrain.models.attention import View, rotation
 from postrain.models.cache import Cache, first_new, visibility
 from postrain.models.config import Config
+from postrain.models.kernels import kernel
 from postrain.models.layers import Block, Layer
 from postrain.models.lora import Stored
 from postrain.models.norms import widened
@@ -27,9 +28,15 @@ def layer_views(
   dtype = widened(config.dtype)
   dim = config.rotary_dim or config.head_dim
 
+  # Init, which runs on one token, needs none.
+  whole = not past and own is None and positions.shape[1] > 1
+  fused = whole and kernel(config) != 'xla'
+
   def view(kind: str) -> View:
     window = config.sliding_window if kind == 'sliding' else None
-    visible = visibility(positions, segment_ids, past, own, window)
+    visible = None
+    if not fused:
+      visible = visibility(positions, segment_ids, past, own, window)
     theta, scaling = config.rope_theta, config.rope_scaling
     if kind == 'sliding' and config.local_rope_theta is not None:
       theta, scaling = config.local_rope_theta, None
@@ -38,7 +45,11 @@ def layer_views(
     if kind == 'unrotated':
       scale = 1.0
     at = None if own is None else first_new(own, positions.shape[1])
-    return View(*rotation(turned, speeds, scale), visible, at)
+    turns = rotation(turned, speeds, scale)
+    if not fused:
+      return View(*turns, visible, at)
+    number = jnp.int32(config.windows.index(window))
+    return View(*turns, None, at, segment_ids, number)
 
   views = [view(kind) for kind in several]
   return views, [

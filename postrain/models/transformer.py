@@ -1,5 +1,6 @@
 """A decoder, dense or of experts, as a record of pure functions."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ from postrain.models.attention import wide_einsum
 from postrain.models.cache import Cache, advance, empty_cache
 from postrain.models.config import Config
 from postrain.models.heads import label_logits, label_shapes
+from postrain.models.kernels import kernel
 from postrain.models.layers import Layer, normalized, used
 from postrain.models.stack import (
   blocks,
@@ -116,7 +118,13 @@ def transformer(config: Config) -> Model:
   Returns:
     Model whose parameters are plain nested dicts with the layers stacked on a
     leading axis. Token ids outside the vocabulary give NaN, never a neighbour.
+
+  Raises:
+    ValueError: see `postrain.models.kernels.kernel`.
   """
+  packed = None
+  if kernel(config) == 'cudnn':
+    packed = transformer(dataclasses.replace(config, attention='xla'))
 
   def boxed(key: Key[Array, '']) -> Params:
     blank = jnp.zeros((1, 1), jnp.int32)
@@ -199,6 +207,7 @@ def transformer(config: Config) -> Model:
     reads_prefix=True,
     normalize=normalize,
     num_experts=config.num_experts,
+    packed=packed,
     kernels=kernels,
   )
 

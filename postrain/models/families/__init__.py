@@ -90,7 +90,7 @@ def to_huggingface(
     'dtype': config.param_dtype,
     'torch_dtype': config.param_dtype,
   }
-  own = ('dtype', 'param_dtype', 'remat', 'scan_layers')
+  own = ('dtype', 'param_dtype', 'remat', 'scan_layers', 'attention')
   again = dataclasses.replace(
     from_huggingface(block), **{name: getattr(config, name) for name in own}
   )
