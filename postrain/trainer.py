@@ -19,6 +19,7 @@ from postrain.compilation import compiling
 from postrain.evaluator import Evaluator
 from postrain.programs import Programs
 from postrain.recipe import make_recipe, plain
+from postrain.rehearsal import Rehearsal
 from postrain.reporting import (
   CURVES,
   Report,
@@ -78,8 +79,9 @@ class Trainer:
     self._programs = programs = Programs(
       recipe, self.environment, self.algorithm, self._states, self._evaluator
     )
+    self._rehearsal = Rehearsal(programs)
     with sharding.on(self.mesh):
-      programs.rehearse()
+      self._rehearsal.check()
     self._prepare, self._update = programs.prepare, programs.update
     workdir.claim(directory, self.config, overrides)
 
@@ -114,7 +116,7 @@ class Trainer:
       return self._restore(checkpoints, start)
     if start:
       print(f'{self.directory}: continuing at step {start}')
-    programs = self._programs.needed(start)
+    programs = self._rehearsal.needed(start)
     with compiling(programs, limit=recipe.machine.memory_limit):
       state = self._restore(checkpoints, start)
     with self.environment.grading(), self._report(start) as report:

@@ -35,7 +35,15 @@ LAYERS = (
     'compilation',
     *('device_loop', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
-    *('packing', 'preparation', 'recipe', 'schema', 'shapes', 'states'),
+    *(
+      'packing',
+      'preparation',
+      'recipe',
+      'rehearsal',
+      'schema',
+      'shapes',
+      'states',
+    ),
     *('streaming', 'trainer'),
   },
 )

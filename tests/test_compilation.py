@@ -137,7 +137,9 @@ def test_only_what_a_run_needs_is_compiled(tmp_path: pathlib.Path) -> None:
 
   def names(start: int) -> set[str]:
     with sharding.on(trainer.mesh):
-      return {p.name.partition('[')[0] for p in trainer._programs.needed(start)}
+      return {
+        p.name.partition('[')[0] for p in trainer._rehearsal.needed(start)
+      }
 
   iteration = {'sample', 'greedy', 'prepare', 'update', 'minibatches', 'merge'}
   iteration |= {'informative', 'move_reference'}

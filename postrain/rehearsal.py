@@ -1,0 +1,206 @@
+"""What a run will call: every program of it, traced on shapes."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from postrain import sharding
+from postrain.adapted import trainable
+from postrain.compilation import EXAMS, REMEDIES, SMALL, Program
+from postrain.programs import Programs
+from postrain.types import Samples, TrainState
+
+
+class Rehearsal:
+  """Traces the programs of a run with what they will be called with."""
+
+  def __init__(self, programs: Programs):
+    self.programs, self.shapes = programs, programs.shapes
+    self.recipe, self.environment = programs.recipe, programs.environment
+
+  def check(self) -> None:
+    """Trace a step of each kind on shapes alone: nothing is compiled or run.
+
+    What one part asks of another, a loss of arrays that nobody makes, is so
+    known before any compilation.
+    """
+    if self.recipe.sft.num_steps:
+      self._supervised(self.environment.demonstration_length)
+    if self.recipe.rl.num_iterations:
+      self._learning(self.environment.prompt_length)
+      self._drawing(self.environment.prompt_length)
+
+  def needed(self, start: int) -> list[Program]:
+    """What steps from ``start`` on will call, the slowest to compile first."""
+    recipe, environment = self.recipe, self.environment
+    supervised, iterations = recipe.sft.num_steps, recipe.rl.num_iterations
+    found: list[Program] = []
+    if iterations:
+      first = max(start - supervised, 0) * recipe.rollouts
+      longest = {environment.prompt_length}
+      lengths = longest
+      if self.programs.extend is None:
+        lengths = environment.prompt_lengths(
+          range(first, iterations * recipe.rollouts), recipe.rl.num_prompts
+        )
+      learnt = longest if 'update' in self.programs.layouts else lengths
+      found += _longest_first(self._learning, learnt)
+      found += self._small(found[0])
+      found += _longest_first(self._drawing, lengths)
+      if start <= supervised:
+        found.append(self._beginning())
+    if start < supervised:
+      lengths = {environment.demonstration_length}
+      if 'imitate' not in self.programs.layouts:
+        choices = recipe.sft.batch_size, recipe.sft.num_examples
+        steps = range(start, supervised)
+        lengths = environment.demonstration_lengths(steps, *choices)
+      found += _longest_first(self._supervised, lengths)
+    if recipe.evaluation.every:
+      found += self._exams()
+    return found
+
+  def _learning(self, slots: int) -> list[Program]:
+    """Scores and updates of a rollout whose prompts have so many slots."""
+    recipe, state = self.recipe, self.shapes.states[0]
+    num_prompts = recipe.rl.num_prompts
+    shape = (num_prompts, recipe.sampling.num_samples)
+    *_, samples = self._drawn(slots)
+    self._rehearse_rewards(slots, samples)
+    signals = {'reward_parts': _floats(*shape, len(recipe.rewards))}
+    if self.programs.greedy is not None:
+      signals['baselines'] = _floats(num_prompts)
+    scored = (state.params, state.ref_params)
+    arrays = self.shapes.rows((_floats(*shape), signals))
+    arrays = *self.shapes.prompts(num_prompts, slots)[:2], samples, *arrays
+    prepared = {
+      size: self.programs.jit_prepare.trace(*scored, *arrays, packing)
+      for size, packing in self.shapes.packings('prepare').items()
+    }
+    leaves = self.shapes.rows(next(iter(prepared.values())).out_info[0])
+    size = math.prod(shape) // recipe.rl.num_minibatches
+    rows = self.shapes.same(jax.ShapeDtypeStruct((size,), jnp.int32))
+    updates = {
+      size: self.programs.jit_update.trace(
+        state, leaves, rows, self.shapes.key, packing
+      )
+      for size, packing in self.shapes.packings('update').items()
+    }
+    kinds = ('update', updates, state), ('prepare', prepared, scored)
+    return [
+      self._program(f'{name}[{slots}{size}]', traced, state, held)
+      for name, traces, held in kinds
+      for size, traced in traces.items()
+    ]
+
+  def _drawn(self, slots: int) -> tuple[str, Any, Samples]:
+    """The sampler, traced on prompts of so many slots, and all its samples."""
+    recipe, params = self.recipe, self.shapes.states[0].params
+    parts, carried = recipe.sampling.num_parts, self.programs.states.carried
+    prompts = self.shapes.prompts(recipe.rl.num_prompts // parts, slots)
+    samples: Any = carried and self.shapes.rows(carried.samples)
+    if self.programs.extend is not None:
+      more = (samples, np.int32(0))
+      return (
+        'extend',
+        self.programs.extend.trace(params, *prompts, *more),
+        samples,
+      )
+    traced = self.programs.sample.trace(params, *prompts)
+    return (
+      'sample',
+      traced,
+      samples or self.shapes.rows(traced.out_info, parts),
+    )
+
+  def _drawing(self, slots: int) -> list[Program]:
+    """The samplers of prompts of so many slots."""
+    state, (name, drawn, _) = self.shapes.states[0], self._drawn(slots)
+    found = [self._program(f'{name}[{slots}]', drawn, state, state.params)]
+    if self.programs.greedy is not None:
+      prompts = self.shapes.prompts(self.recipe.rl.num_prompts, slots)
+      best = self.programs.greedy.trace(state.params, *prompts)
+      found.append(self._program(f'greedy[{slots}]', best, state, state.params))
+    return found
+
+  def _small(self, update: Program) -> list[Program]:
+    """The other functions of an iteration: nothing in them has prompts."""
+    recipe, state = self.recipe, self.shapes.states[0]
+    choices, zero = recipe.rl, np.int32(0)
+    figures = [self.shapes.same(update.traced.out_info[1])]
+    figures *= choices.num_epochs * choices.num_minibatches
+    rewards = _floats(choices.num_prompts, recipe.sampling.num_samples)
+    cut = self.programs.minibatches.trace(zero, zero, state.step)
+    judged = self.programs.informative.trace(rewards)
+    found = [
+      self._program('minibatches', cut, state, state.step),
+      self._program('merge', self.programs.merge.trace(figures), state, None),
+      self._program('informative', judged, state, None),
+    ]
+    if state.ref_params is not None:
+      moved = (state.ref_params, state.params['actor'])
+      traced = self.programs.move_reference.trace(*moved, zero)
+      found += [self._program('move_reference', traced, state, moved)]
+    return found
+
+  def _beginning(self) -> Program:
+    state = self.shapes.states[0]
+    traced = self.programs.states.begin.trace(trainable(state.params))
+    made = (state.opt_state, state.ref_params, trainable(state.params))
+    return self._program('begin', traced, state, made)
+
+  def _supervised(self, length: int) -> list[Program]:
+    state = self.shapes.states[1]
+    arrays = self.shapes.demonstrations(length)
+    return [
+      self._program(
+        f'imitate[{length}{size}]',
+        self.programs.jit_imitate.trace(state, *arrays, packing),
+        state,
+        state,
+      )
+      for size, packing in self.shapes.packings('imitate').items()
+    ]
+
+  def _exams(self) -> list[Program]:
+    # The stage with a reference is the one that has less room.
+    state = self.shapes.states[not self.recipe.rl.num_iterations]
+    return [
+      self._program(f'evaluate {name}', traced, state, state.params, EXAMS)
+      for name, traced in self.programs.evaluator.traced(
+        state.params, self.shapes.key
+      )
+    ]
+
+  def _rehearse_rewards(self, slots: int, samples: Any) -> None:
+    if self.environment.device_task is None:
+      return
+    shape = (len(samples.tokens), slots)
+    prompts = jax.ShapeDtypeStruct(shape, jnp.int32)
+    for reward in self.environment.device_task.rewards.values():
+      jax.eval_shape(reward, prompts, samples.tokens, samples.mask)
+
+  def _program(
+    self, name: str, traced: Any, state: TrainState, held: Any,
+    remedies: tuple[str, ...] = SMALL,
+  ) -> Program:  # fmt: skip
+    """A program that has a part of the state among its arguments."""
+    beside = sharding.device_bytes(state) - sharding.device_bytes(held)
+    kind = name.partition('[')[0]
+    return Program(name, traced, beside, REMEDIES.get(kind, remedies))
+
+
+def _longest_first(
+  programs: Callable[[int], list[Program]], lengths: set[int]
+) -> list[Program]:
+  """The programs of each length."""
+  longest_first = sorted(lengths, reverse=True)
+  return [each for length in longest_first for each in programs(length)]
+
+
+def _floats(*shape: int) -> Any:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
