@@ -17,6 +17,7 @@ import tiny
 from postrain import (
   checkpoints,
   device_loop,
+  policies,
   reporting,
   sharding,
   workdir,
@@ -159,6 +160,9 @@ def test_what_has_not_ended_is_carried_over(folder: pathlib.Path) -> None:
   assert max(row['sampler/logprob_gap_max'] for row in late) > 1e-4
   assert steps[0]['sampler/logprob_gap_max'] < 1e-5
   assert run.compiled == []
+  # A checkpoint with completions under way is a policy like any other.
+  policy = policies.from_run(run.directory, step=3)
+  assert policy.source.endswith('step 3')
 
 
 def test_a_step_ahead_is_of_the_parameters_before_the_update(
