@@ -101,6 +101,11 @@ def _check(
       ' loop go in step, and no slot could be refilled before those of the'
       ' others; set it to None, or use the trainer'
     )
+  if recipe.reference.memory == 'host':
+    raise ValueError(
+      "reference.memory='host': the device loop is one program, which holds its"
+      " state on the device; set it to 'device', or use the trainer"
+    )
   for path, values in hyperparameters.items():
     if values.shape != seeds.shape:
       raise ValueError(

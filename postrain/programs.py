@@ -1,6 +1,7 @@
 """The jitted functions of a run, and what each of them will be called with."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -70,14 +71,16 @@ class Programs:
     self._update = jax.jit(
       self._from_leaves(algorithm.update),
       donate_argnums=0,
-      out_shardings=(online, same),
+      out_shardings=(_apart(online)[0], same),
     )
     self.imitate = jax.jit(
       algorithm.imitate, donate_argnums=0, out_shardings=(supervised, same)
     )
-    self.move_reference = jax.jit(
-      algorithm.move_reference, out_shardings=online.ref_params
-    )
+    self.move_reference = algorithm.move_reference
+    if recipe.reference.update != 'frozen':
+      self.move_reference = jax.jit(
+        algorithm.move_reference, out_shardings=online.ref_params
+      )
     self.informative = jax.jit(informative_groups)
     self.minibatches = jax.jit(
       functools.partial(_minibatches, recipe), out_shardings=same
@@ -93,7 +96,9 @@ class Programs:
     self, state: TrainState, batch: Batch, rows: Any, key: Any
   ) -> tuple[TrainState, Metrics]:
     """That of `Algorithm`; the state is donated."""
-    return self._update(state, jax.tree.leaves(batch), rows, key)
+    state, reference = _apart(state)
+    state, figures = self._update(state, jax.tree.leaves(batch), rows, key)
+    return dataclasses.replace(state, ref_params=reference), figures
 
   # Arrays pass between the two as they are: a batch holds arrays, not shapes.
 
@@ -173,9 +178,10 @@ class Programs:
     leaves = self._rows(prepared.out_info[0])
     size = math.prod(shape) // recipe.rl.num_minibatches
     rows = self._same(jax.ShapeDtypeStruct((size,), jnp.int32))
-    update = self._update.trace(state, leaves, rows, self._key)
+    changed, _ = _apart(state)
+    update = self._update.trace(changed, leaves, rows, self._key)
     return [
-      self._program(f'update[{slots}]', update, state, state),
+      self._program(f'update[{slots}]', update, state, changed),
       self._program(f'sample[{slots}]', drawn, state, state.params),
       self._program(f'prepare[{slots}]', prepared, state, scored),
       *greedy,
@@ -196,7 +202,7 @@ class Programs:
         'informative', self.informative.trace(rewards), state, None
       ),
     ]
-    if state.ref_params is not None:
+    if state.ref_params is not None and recipe.reference.update != 'frozen':
       moved = (state.ref_params, state.params['actor'])
       traced = self.move_reference.trace(*moved, zero)
       found += [self._program('move_reference', traced, state, moved)]
@@ -276,6 +282,11 @@ class Programs:
       ),
       shapes,
     )
+
+
+def _apart(state: TrainState) -> tuple[TrainState, Any]:
+  """What an update changes, and the reference, which it need not carry."""
+  return dataclasses.replace(state, ref_params=None), state.ref_params
 
 
 def _minibatches(

@@ -65,10 +65,12 @@ def get_config(variant: str = 'refresh') -> ConfigDict:
   )  # fmt: skip
   if variant == 'refresh':
     config.kl.loss_coef = 0.05
-    config.reference = dict(update='refresh', decay=0.0, every=4)
+    config.reference = dict(
+      update='refresh', decay=0.0, every=4, memory='device'
+    )
   else:
     config.kl.reward_coef = 0.05
-    config.reference = dict(update='ema', decay=0.9, every=1)
+    config.reference = dict(update='ema', decay=0.9, every=1, memory='device')
   return config
 
 
