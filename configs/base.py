@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         aggregation=config_dict.placeholder(dict),
       ),
       entropy_coef=config_dict.placeholder(float),
-      reference=dict(update='frozen', decay=0.99, every=1),
+      reference=dict(update='frozen', decay=0.99, every=1, memory='device'),
       routing=dict(
         record=False,
         replay=config_dict.placeholder(str),

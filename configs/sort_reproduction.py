@@ -27,7 +27,9 @@ def get_config() -> ConfigDict:
   config.kl.estimator = dict(name='k3')
   config.kl.loss_coef = 0.02
   config.kl.aggregation = dict(name='sequence_sum')
-  config.reference = dict(update='refresh', decay=0.0, every=30)
+  config.reference = dict(
+    update='refresh', decay=0.0, every=30, memory='device'
+  )
   config.sampling.num_samples = 8
   config.sampling.max_new_tokens = 4
   config.rl.num_iterations = 200

@@ -21,6 +21,7 @@ from postrain import (
   masks,
   objectives,
   optimizers,
+  sharding,
 )
 from postrain.adapted import trainable
 from postrain.batches import asked, reweigh, take
@@ -310,6 +311,8 @@ def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:
     """The reference after ``iteration`` (from 0) has updated ``params``."""
     if choices.update == 'frozen':
       return ref_params
+    if choices.memory == 'host':
+      ref_params = sharding.fetched(ref_params)
     params = trainable(params)
     if choices.update == 'ema':
       return jax.tree.map(

@@ -8,6 +8,7 @@ import numpy as np
 from postrain import advantages
 from postrain.binding import bind
 from postrain.environments import Environment
+from postrain.preparation import uses_reference
 from postrain.recipe import Recipe
 from postrain.types import Model, Samples
 
@@ -44,6 +45,12 @@ def check_assembly(
     )
   if not model.num_experts:
     _check_dense(recipe)
+  reads = recipe.rl.num_iterations and uses_reference(recipe)
+  if recipe.reference.memory == 'host' and not reads:
+    raise ValueError(
+      "reference.memory='host', but nothing reads a reference: set kl.loss_coef"
+      " or kl.reward_coef, or leave it 'device'"
+    )
   shards = recipe.mesh.data * recipe.mesh.fsdp * recipe.mesh.expert
   if recipe.rl.num_iterations:
     _check_groups(recipe)

@@ -112,6 +112,11 @@ def _check(
       f'rl.row_length={recipe.rl.row_length}: rows are packed on the host,'
       ' which the device loop does not ask; set it to None, or use the trainer'
     )
+  if recipe.reference.memory == 'host':
+    raise ValueError(
+      "reference.memory='host': the device loop is one program, which holds its"
+      " state on the device; set it to 'device', or use the trainer"
+    )
   for path, values in hyperparameters.items():
     if values.shape != seeds.shape:
       raise ValueError(

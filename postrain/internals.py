@@ -290,7 +290,10 @@ def layer_policy(
       out = _normalized(model, params, stream[layer], apply_final_norm)
     return out, cache
 
-  return dataclasses.replace(model, hidden=hidden)
+  packed = model.packed and layer_policy(
+    model.packed, layer, apply_final_norm=apply_final_norm
+  )
+  return dataclasses.replace(model, hidden=hidden, packed=packed)
 
 
 class Probe(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from postrain import advantages, kl, masks, objectives, shaping
+from postrain import advantages, kl, masks, objectives, shaping, sharding
 from postrain.adapted import bases, rejoined
 from postrain.batches import asked, assemble, call_by_name
 from postrain.binding import bind
@@ -76,6 +76,8 @@ def make_prepare(
     )
     informative = masks.informative_groups(rewards)  # before any KL
     if uses_reference(recipe):
+      if recipe.reference.memory == 'host':
+        ref_params = sharding.fetched(ref_params)
       reference = rejoined(ref_params, bases(params['actor']))
       arrays['ref_logprobs'] = score_rows(reference).logprobs
     if uses_reference(recipe) and recipe.rl.rescore:

@@ -1,6 +1,7 @@
-"""The jitted functions of a run, and what each of them will be called with."""
+"""The jitted functions of a run."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -58,16 +59,18 @@ class Programs:
     self.jit_update = jax.jit(
       self._from_leaves(packed('update', algorithm.update)),
       donate_argnums=0,
-      out_shardings=(online, same),
+      out_shardings=(apart(online)[0], same),
     )
     self.jit_imitate = jax.jit(
       packed('imitate', algorithm.imitate),
       donate_argnums=0,
       out_shardings=(supervised, same),
     )
-    self.move_reference = jax.jit(
-      algorithm.move_reference, out_shardings=online.ref_params
-    )
+    self.move_reference = algorithm.move_reference
+    if recipe.reference.update != 'frozen':
+      self.move_reference = jax.jit(
+        algorithm.move_reference, out_shardings=online.ref_params
+      )
     self.informative = jax.jit(informative_groups)
     self.minibatches = jax.jit(
       functools.partial(_minibatches, recipe), out_shardings=same
@@ -109,7 +112,10 @@ class Programs:
     if layout := self.layouts.get('update'):  # waits for the scores
       valid = np.asarray(batch.valid)[np.asarray(rows)]
       packing = self._put(layout.pack(valid))
-    return self.jit_update(state, jax.tree.leaves(batch), rows, key, packing)
+    state, reference = apart(state)
+    leaves = jax.tree.leaves(batch)
+    state, figures = self.jit_update(state, leaves, rows, key, packing)
+    return dataclasses.replace(state, ref_params=reference), figures
 
   def _put(self, arrays: Any) -> Any:
     return sharding.put_rows(self.states.mesh, arrays)
@@ -133,6 +139,11 @@ class Programs:
 
   def _batch(self, leaves: list) -> Batch:
     return jax.tree.unflatten(self._batches[leaves[0].shape], leaves)
+
+
+def apart(state: TrainState) -> tuple[TrainState, Any]:
+  """What an update changes, and the reference, which it need not carry."""
+  return dataclasses.replace(state, ref_params=None), state.ref_params
 
 
 def _minibatches(

@@ -11,7 +11,7 @@ import numpy as np
 from postrain import sharding
 from postrain.adapted import trainable
 from postrain.compilation import EXAMS, REMEDIES, SMALL, Program
-from postrain.programs import Programs
+from postrain.programs import Programs, apart
 from postrain.types import Samples, TrainState
 
 
@@ -84,13 +84,13 @@ class Rehearsal:
     leaves = self.shapes.rows(next(iter(prepared.values())).out_info[0])
     size = math.prod(shape) // recipe.rl.num_minibatches
     rows = self.shapes.same(jax.ShapeDtypeStruct((size,), jnp.int32))
+    changed, _ = apart(state)
+    more = (leaves, rows, self.shapes.key)
     updates = {
-      size: self.programs.jit_update.trace(
-        state, leaves, rows, self.shapes.key, packing
-      )
+      size: self.programs.jit_update.trace(changed, *more, packing)
       for size, packing in self.shapes.packings('update').items()
     }
-    kinds = ('update', updates, state), ('prepare', prepared, scored)
+    kinds = ('update', updates, changed), ('prepare', prepared, scored)
     return [
       self._program(f'{name}[{slots}{size}]', traced, state, held)
       for name, traces, held in kinds
@@ -103,19 +103,12 @@ class Rehearsal:
     parts, carried = recipe.sampling.num_parts, self.programs.states.carried
     prompts = self.shapes.prompts(recipe.rl.num_prompts // parts, slots)
     samples: Any = carried and self.shapes.rows(carried.samples)
-    if self.programs.extend is not None:
-      more = (samples, np.int32(0))
-      return (
-        'extend',
-        self.programs.extend.trace(params, *prompts, *more),
-        samples,
-      )
+    if (extend := self.programs.extend) is not None:
+      traced = extend.trace(params, *prompts, samples, np.int32(0))
+      return 'extend', traced, samples
     traced = self.programs.sample.trace(params, *prompts)
-    return (
-      'sample',
-      traced,
-      samples or self.shapes.rows(traced.out_info, parts),
-    )
+    samples = samples or self.shapes.rows(traced.out_info, parts)
+    return 'sample', traced, samples
 
   def _drawing(self, slots: int) -> list[Program]:
     """The samplers of prompts of so many slots."""
@@ -141,7 +134,7 @@ class Rehearsal:
       self._program('merge', self.programs.merge.trace(figures), state, None),
       self._program('informative', judged, state, None),
     ]
-    if state.ref_params is not None:
+    if state.ref_params is not None and recipe.reference.update != 'frozen':
       moved = (state.ref_params, state.params['actor'])
       traced = self.programs.move_reference.trace(*moved, zero)
       found += [self._program('move_reference', traced, state, moved)]
@@ -169,11 +162,10 @@ class Rehearsal:
   def _exams(self) -> list[Program]:
     # The stage with a reference is the one that has less room.
     state = self.shapes.states[not self.recipe.rl.num_iterations]
+    exams = self.programs.evaluator.traced(state.params, self.shapes.key)
     return [
       self._program(f'evaluate {name}', traced, state, state.params, EXAMS)
-      for name, traced in self.programs.evaluator.traced(
-        state.params, self.shapes.key
-      )
+      for name, traced in exams
     ]
 
   def _rehearse_rewards(self, slots: int, samples: Any) -> None:

@@ -75,6 +75,7 @@ class Reference:
   update: typing.Literal['frozen', 'ema', 'refresh']
   decay: float  # of ema, per iteration
   every: int  # iterations between refreshes
+  memory: typing.Literal['device', 'host']  # where it lies between programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -242,11 +242,29 @@ def abstract(shapes: Any, shardings: Any) -> Any:
   )
 
 
+HOST = 'pinned_host'  # memory of the host that a device reads by itself
+
+
+def in_host(shapes: Any) -> Any:
+  """The same shapes in the memory of the host, each part beside its device."""
+  return jax.tree.map(
+    lambda x: x.update(sharding=x.sharding.with_memory_kind(HOST)), shapes
+  )
+
+
+def fetched(tree: Any) -> Any:
+  """Bring arrays of a traced function to the device."""
+  return jax.tree.map(
+    lambda x: jax.device_put(x, jax.memory.Space.Device), tree
+  )
+
+
 def device_bytes(tree: Any) -> int:
   """Bytes on one device of arrays, or of shapes with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
+    if leaf.sharding.memory_kind != HOST
   )
 
 

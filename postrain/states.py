@@ -82,12 +82,16 @@ class States:
       self._opt_state_shardings(optimizer, params),
     )
     counter = jax.ShapeDtypeStruct((), jnp.int32)
-    keeps = self.algorithm.uses_reference and not supervised
+    reference = None
+    if self.algorithm.uses_reference and not supervised:
+      reference = trainable(params['actor'])
+      if self.recipe.reference.memory == 'host':
+        reference = sharding.in_host(reference)
     return TrainState(
       step=sharding.abstract(counter, sharding.replicated(self.mesh)),
       params=params,
       opt_state=opt_state,
-      ref_params=trainable(params['actor']) if keeps else None,
+      ref_params=reference,
     )
 
   def stored(self, step: int) -> TrainState:

@@ -113,6 +113,13 @@ FIELDS = [
   ('sort', {'correction': {}}, r"expected dict\(name='...'\)"),
   ('sort', {'kl.aggregation': {'name': 'mean'}}, "has no 'mean'"),
   ('sort', {'reference.update': 'sometimes'}, "update='sometimes'"),
+  ('sort', {'reference.memory': 'disk'}, "memory='disk'"),
+  ('sort', {'reference.memory': 'host'}, 'nothing reads a reference: set kl'),
+  (
+    'arithmetic',
+    {'reference.memory': 'host', 'kl.loss_coef': 0.1, 'rl.num_iterations': 0},
+    "nothing reads a reference: .* or leave it 'device'",
+  ),
   ('sort', {'reference.decay': 1.5}, 'reference.decay=1.5'),
   ('sort', {'filter.overlong': 'drop'}, "overlong='drop'"),
   ('sort', {'filter.overlong': 'mask'}, 'no token ends a completion'),

@@ -142,7 +142,7 @@ def test_only_what_a_run_needs_is_compiled(tmp_path: pathlib.Path) -> None:
       }
 
   iteration = {'sample', 'greedy', 'prepare', 'update', 'minibatches', 'merge'}
-  iteration |= {'informative', 'move_reference'}
+  iteration |= {'informative'}  # and no move of a frozen reference
   exams = {'evaluate greedy', 'evaluate samples'}
   assert names(0) == iteration | exams | {'imitate', 'begin'}
   assert names(2) == iteration | exams | {'begin'}

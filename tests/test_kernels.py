@@ -18,10 +18,12 @@ import tiny
 
 from postrain import sharding
 from postrain.batches import pack
+from postrain.internals import layer_policy
 from postrain.models import kernels
 from postrain.models.attention import whole_attention
 from postrain.models.cache import visibility
 from postrain.models.config import Config
+from postrain.models.heads import scalar_head
 from postrain.models.lora import LoRA, lora
 from postrain.models.transformer import transformer
 from postrain.scoring import score
@@ -196,6 +198,20 @@ def test_packed_rows_take_xla() -> None:
   packed = logprobs(pack(np.asarray(valid), width=2 * LENGTH))
   assert np.isfinite(packed).all()
   close(packed, logprobs(None), 3e-2)
+
+
+@pytest.mark.usefixtures('cuda')
+@pytest.mark.parametrize(
+  'wrapped', [scalar_head, functools.partial(layer_policy, layer=0)]
+)
+def test_what_wraps_a_decoder_wraps_both(wrapped: Callable) -> None:
+  model = wrapped(transformer(HALF))
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  ids = jnp.asarray(PADDED, jnp.int32)
+  for each, calls in ((model, True), (model.packed, False)):
+    read = functools.partial(each.hidden, positions=ids, segment_ids=ids)
+    text = str(jax.make_jaxpr(read)(shapes, ids))
+    assert ('dot_product_attention_fwd' in text) == calls
 
 
 def lowered(config: Config, platform: str) -> str:

@@ -381,7 +381,7 @@ def whole(tmp_path_factory):
   config = tiny.arithmetic()
   config.model.lora = dict(rank=2, alpha=4.0, targets='layers/(query|down)')
   config.kl.loss_coef = 0.1
-  config.reference = dict(update='ema', decay=0.5, every=1)
+  config.reference = dict(update='ema', decay=0.5, every=1, memory='device')
   config.evaluation.every = config.sft.num_steps = 0
   directory = tmp_path_factory.mktemp('lora')
   trainer = Trainer(config, str(directory))

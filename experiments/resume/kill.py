@@ -66,10 +66,12 @@ def get_config(variant: str = 'refresh') -> ConfigDict:
   )  # fmt: skip
   if variant == 'refresh':
     config.kl.loss_coef = 0.05
-    config.reference = dict(update='refresh', decay=0.0, every=4)
+    config.reference = dict(
+      update='refresh', decay=0.0, every=4, memory='device'
+    )
   elif variant == 'ema':
     config.kl.reward_coef = 0.05
-    config.reference = dict(update='ema', decay=0.9, every=1)
+    config.reference = dict(update='ema', decay=0.9, every=1, memory='device')
   else:  # completions are under way when a checkpoint is written
     config.filter.informative_only = False
     config.rl.num_minibatches = 1
