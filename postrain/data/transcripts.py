@@ -54,7 +54,7 @@ def read_transcript(text: str) -> Messages:
   return messages
 
 
-def check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
+def check_turns(messages: Sequence[Any]) -> None:
   """Refuse messages that say nothing or whose roles are out of order.
 
   A system's message stands first; user and assistant take turns; what a tool
@@ -66,7 +66,7 @@ def check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
   before = None
   for i, message in enumerate(messages):
     role = message.get('role') if isinstance(message, Mapping) else None
-    if role not in AFTER:
+    if not isinstance(role, str) or role not in AFTER:
       raise ValueError(
         f'message {i} is {message!r:.80}: expected an object with content and a'
         f' role of {", ".join(AFTER)}'
