@@ -58,7 +58,9 @@ def preference(
       f' completion_length={completion_length}: choose at least 2, 1 and 1'
     )
   pad, stop = num_words, num_words + 1
-  extra = np.tile(np.float32([0, 1]), (num_words, 1))  # of padding and stop
+  extra = np.tile(
+    np.array([0, 1], np.float32), (num_words, 1)
+  )  # of padding and stop
   table = np.hstack([word_values(num_words=num_words, seed=seed), extra])
 
   def prompt(
