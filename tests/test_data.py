@@ -304,7 +304,7 @@ def test_demonstrations_over_the_limit():
     TOKENIZER, examples, max_length=4, too_long='drop'
   )
   assert dropped.tokens.shape == (1, 4)
-  with pytest.raises(ValueError, match='no demonstration is left of 1'):
+  with pytest.raises(ValueError, match='no example is left of 1'):
     data.encode_demonstrations(
       TOKENIZER, examples[1:], max_length=4, too_long='drop'
     )

@@ -23,6 +23,7 @@ BLOCKS = [
   {'name': 'sort', 'vocab_size': 2, 'length': 1},
   {'name': 'tabular'},
   {'name': 'tabular', 'stop_id': 2},
+  {'name': 'preference'},
 ]
 
 

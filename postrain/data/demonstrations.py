@@ -58,26 +58,20 @@ def encode_demonstrations(
     ValueError: names the row that is empty or too long; nothing left; no stop
       token.
   """
-  pad_id = padding_id(tokenizer)
-  stop_id = tokenizer.eos_token_id if stop_id is None else stop_id
-  if stop_id is None or stop_id == pad_id:
-    raise ValueError(
-      f'stop_id={stop_id} with pad id {pad_id}: a completion needs an end that'
-      ' is not padding; set tokenizer.eos_token or give another stop_id'
-    )
-  rows = []
-  for row, example in enumerate(examples):
-    before = prompt_ids(
-      tokenizer, example, row, field=prompt, style=style, template=template,
-      enable_thinking=enable_thinking,
-    )  # fmt: skip
-    after = completion_ids(tokenizer, example, row, field=completion)
-    if style == 'plain':
-      text = prompt_text(example, row, field=prompt, template=template)
-      after = _continuation(tokenizer, text, before, example[completion], after)
-    mask = [False] * len(before) + [True] * (len(after) + 1)
-    rows.append(Conversation([*before, *after, stop_id], mask))
-  return _arrays(rows, pad_id, max_length, too_long, num_buckets)
+  stop_id = checked_stop(tokenizer, stop_id)
+  units = [
+    [
+      completed(
+        tokenizer, example, row, prompt=prompt, completion=completion,
+        style=style, template=template, stop_id=stop_id,
+        enable_thinking=enable_thinking,
+      )
+    ]
+    for row, example in enumerate(examples)
+  ]  # fmt: skip
+  return unit_arrays(
+    units, padding_id(tokenizer), max_length, too_long, num_buckets
+  )[0]
 
 
 def encode_conversations(
@@ -112,7 +106,7 @@ def encode_conversations(
       too long; nothing left.
   """
   pad_id = padding_id(tokenizer)
-  rows = []
+  units = []
   for row, example in enumerate(examples):
     messages = example.get(field)
     if not isinstance(messages, list):
@@ -121,48 +115,90 @@ def encode_conversations(
         f' of messages; its fields are {", ".join(example)}'
       )
     try:
-      rows.append(
-        encode_conversation(
-          tokenizer,
-          messages,
-          tools=example.get(tools),
-          enable_thinking=enable_thinking,
-        )
+      conversation = encode_conversation(
+        tokenizer,
+        messages,
+        tools=example.get(tools),
+        enable_thinking=enable_thinking,
       )
     except ValueError as error:
       raise ValueError(f'row {row}: {error}') from error
-  return _arrays(rows, pad_id, max_length, too_long, num_buckets)
+    units.append([conversation])
+  return unit_arrays(units, pad_id, max_length, too_long, num_buckets)[0]
 
 
-def _arrays(
-  rows: Sequence[Conversation],
+def checked_stop(tokenizer: Any, stop_id: int | None) -> int:
+  """The id that ends a completion: the one given, or the end of sequence."""
+  pad_id = padding_id(tokenizer)
+  stop_id = tokenizer.eos_token_id if stop_id is None else stop_id
+  if stop_id is None or stop_id == pad_id:
+    raise ValueError(
+      f'stop_id={stop_id} with pad id {pad_id}: a completion needs an end that'
+      ' is not padding; set tokenizer.eos_token or give another stop_id'
+    )
+  return stop_id
+
+
+def completed(
+  tokenizer: Any,
+  example: dict[str, Any],
+  row: int,
+  *,
+  prompt: str,
+  completion: str,
+  style: Style,
+  template: str | None,
+  stop_id: int,
+  enable_thinking: bool | None,
+) -> Conversation:
+  """One prompt as in sampling, then its completion and the stop token."""
+  before = prompt_ids(
+    tokenizer, example, row, field=prompt, style=style, template=template,
+    enable_thinking=enable_thinking,
+  )  # fmt: skip
+  after = completion_ids(tokenizer, example, row, field=completion)
+  if style == 'plain':
+    text = prompt_text(example, row, field=prompt, template=template)
+    after = _continuation(tokenizer, text, before, example[completion], after)
+  mask = [False] * len(before) + [True] * (len(after) + 1)
+  return Conversation([*before, *after, stop_id], mask)
+
+
+def unit_arrays(
+  units: Sequence[Sequence[Conversation]],
   pad_id: int,
   max_length: int,
   too_long: str,
   num_buckets: int,
-) -> Demonstrations:
-  """Rows within the limit, right-padded to the length of one bucket."""
-  for row, (ids, _) in enumerate(rows):
-    if len(ids) > max_length and too_long == 'error':
+) -> tuple[Demonstrations, list[int]]:
+  """The rows of units within the limit, right-padded; which units these are.
+
+  A unit with a row over the limit goes as a whole. A row without tokens stays
+  empty: it fills a unit up.
+  """
+  lengths = [max(len(ids) for ids, _ in unit) for unit in units]
+  for row, length in enumerate(lengths):
+    if length > max_length and too_long == 'error':
       raise ValueError(
-        f'row {row}: prompt and completion have {len(ids)} tokens,'
+        f'row {row}: prompt and completion have {length} tokens,'
         f" max_length={max_length}: raise it, or set too_long='drop'"
       )
-  kept = [row for row in rows if len(row.ids) <= max_length]
+  kept = [i for i, length in enumerate(lengths) if length <= max_length]
   if not kept:
     raise ValueError(
-      f'no demonstration is left of {len(rows)} at max_length='
+      f'no example is left of {len(units)} at max_length='
       f'{max_length}: raise it, or give examples'
     )
   sizes = bucket_sizes(max_length, num_buckets=num_buckets)
-  length = bucket(max(len(row.ids) for row in kept), sizes)
+  length = bucket(max(lengths[i] for i in kept), sizes)
+  rows = [row for i in kept for row in units[i]]
   tokens, valid = padded(
-    [row.ids for row in kept], length=length, pad_id=pad_id, side='right'
+    [row.ids for row in rows], length=length, pad_id=pad_id, side='right'
   )
   mask = np.zeros_like(valid)
-  for i, row in enumerate(kept):
+  for i, row in enumerate(rows):
     mask[i, : len(row.mask)] = row.mask
-  return Demonstrations(tokens, valid, mask)
+  return Demonstrations(tokens, valid, mask), kept
 
 
 def completion_ids(

@@ -1,10 +1,12 @@
 """JSON lines, read whole and checked row by row."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import gzip
 import json
 import os
 import pathlib
 from typing import Any, NoReturn
+import zlib
 
 
 def read_jsonl(
@@ -18,7 +20,7 @@ def read_jsonl(
   Blank lines are passed over. Fields that are not asked for stay as they are.
 
   Args:
-    path: of the file, in UTF-8.
+    path: of the file, in UTF-8; compressed if it ends in ``.gz``.
     fields: each row must have them, and not empty.
     num_examples: read the first ones only; None for all.
 
@@ -26,19 +28,41 @@ def read_jsonl(
     ValueError: no file, or no row in it; a row that is no JSON object (NaN is
       no JSON), lacks a field or has it empty. Names file, row and field.
   """
+  rows = rows_of(path, fields=fields, num_examples=num_examples)
+  return [example for _, example in rows]
+
+
+def rows_of(
+  path: str | os.PathLike[str],
+  *,
+  fields: Sequence[str],
+  num_examples: int | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Each example after the name of its place, for errors: file and row."""
   path = pathlib.Path(path)
   if not path.is_file():
     raise ValueError(f'{path} is no file: give the path of a JSON lines file')
-  examples = []
-  with path.open('rb') as lines:
-    for row, line in enumerate(lines, start=1):
-      if num_examples is not None and len(examples) >= num_examples:
-        break
-      if line.strip():
-        examples.append(_example(line, fields, f'{path}, row {row}'))
-  if not examples:
+  count = 0
+  for row, line in enumerate(_lines(path), start=1):
+    if num_examples is not None and count >= num_examples:
+      break
+    if line.strip():
+      count += 1
+      yield f'{path}, row {row}', _example(line, fields, f'{path}, row {row}')
+  if not count:
     raise ValueError(f'{path} has no examples: expected one JSON object a line')
-  return examples
+
+
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+  if path.suffix != '.gz':
+    with path.open('rb') as lines:
+      yield from lines
+    return
+  try:
+    with gzip.open(path) as lines:
+      yield from lines
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise ValueError(f'{path} is no whole gzip file: {error}') from error
 
 
 def _example(line: bytes, fields: Sequence[str], where: str) -> dict[str, Any]:

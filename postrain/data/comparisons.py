@@ -1,0 +1,230 @@
+"""Preferences as arrays: pairs, rankings, and single completions judged.
+
+The rows are those of `encode_demonstrations`: right-padded, the prompt as it
+is sampled from, the completion and its stop token under the mask.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Bool, Float, Int
+import numpy as np
+
+from postrain.chat import Conversation
+from postrain.data.demonstrations import (
+  Demonstrations,
+  checked_stop,
+  completed,
+  unit_arrays,
+)
+from postrain.data.preferences import Preference
+from postrain.data.prompts import Style, padding_id
+
+
+class Pairs(NamedTuple):
+  """Units of two rows, the chosen and the rejected: B = 2 x pairs."""
+
+  tokens: Int[np.ndarray, 'B T']
+  valid: Bool[np.ndarray, 'B T']
+  mask: Bool[np.ndarray, 'B T']
+  margins: Float[np.ndarray, ' B'] | None
+
+
+class Rankings(NamedTuple):
+  """Units of K rows; those that a prompt lacks are not valid anywhere."""
+
+  tokens: Int[np.ndarray, 'B T']
+  valid: Bool[np.ndarray, 'B T']
+  mask: Bool[np.ndarray, 'B T']
+  ranks: Int[np.ndarray, ' B']
+
+
+class Labels(NamedTuple):
+  """Single completions, and which are desirable."""
+
+  tokens: Int[np.ndarray, 'B T']
+  valid: Bool[np.ndarray, 'B T']
+  mask: Bool[np.ndarray, 'B T']
+  desirable: Bool[np.ndarray, ' B']
+
+
+def encode_pairs(
+  tokenizer: Any,
+  examples: Sequence[Preference],
+  *,
+  max_length: int,
+  style: Style = 'plain',
+  template: str | None = None,
+  stop_id: int | None = None,
+  enable_thinking: bool | None = None,
+  too_long: Literal['error', 'drop'] = 'error',
+  num_buckets: int = 6,
+) -> Pairs:
+  """Encode pairs into units of two rows, for losses of chosen and rejected.
+
+  Args:
+    tokenizer: with a padding token.
+    examples: of two completions; of a ranking the better comes first.
+    max_length: of prompt, completion and stop token together, in tokens.
+    style: see `encode_prompts`; ``chat`` where a prompt is messages.
+    template: see `encode_prompts`, with ``{prompt}``.
+    stop_id: ends a completion; None for the end-of-sequence token.
+    enable_thinking: see `encode_prompts`.
+    too_long: what becomes of a pair with a row over the limit; the whole pair
+      goes. There is no truncation: it would compare what nobody compared.
+    num_buckets: lengths that the arrays may have at most.
+
+  Raises:
+    ValueError: names the row that is no pair, is too long or lacks the margin
+      that another has; nothing left; no stop token.
+  """
+  ordered = []
+  for row, example in enumerate(examples):
+    ranks = example.ranks or ()
+    if len(ranks) != 2 or ranks[0] == ranks[1]:
+      raise ValueError(
+        f'row {row}: {len(example.completions)} completions of the ranks'
+        f' {ranks}: expected two, one better; take encode_rankings for more,'
+        ' encode_labels for one'
+      )
+    better = example.completions[:: 1 if ranks[0] < ranks[1] else -1]
+    ordered.append(example._replace(completions=better))
+  arrays, kept = _encode(
+    tokenizer, ordered, 2, max_length, style, template, stop_id,
+    enable_thinking, too_long, num_buckets,
+  )  # fmt: skip
+  return Pairs(*arrays, _margins([examples[i].margin for i in kept]))
+
+
+def encode_rankings(
+  tokenizer: Any,
+  examples: Sequence[Preference],
+  *,
+  num_completions: int,
+  max_length: int,
+  style: Style = 'plain',
+  template: str | None = None,
+  stop_id: int | None = None,
+  enable_thinking: bool | None = None,
+  too_long: Literal['error', 'drop'] = 'error',
+  num_buckets: int = 6,
+) -> Rankings:
+  """Encode rankings into units of K rows, for losses of rewards and ranks.
+
+  Args:
+    tokenizer: with a padding token.
+    examples: of two completions or more; pairs are rankings.
+    num_completions: K, rows of a unit. Where a prompt has fewer completions,
+      the last rows are empty, of rank K.
+    max_length, style, template, stop_id, enable_thinking, num_buckets: see
+      `encode_pairs`.
+    too_long: what becomes of a ranking with a row over the limit; the whole
+      ranking goes.
+
+  Raises:
+    ValueError: names the row that is no ranking, has over K completions or is
+      too long; nothing left; no stop token.
+  """
+  for row, example in enumerate(examples):
+    if not 0 < len(example.ranks or ()) <= num_completions:
+      raise ValueError(
+        f'row {row}: {len(example.completions)} completions of the ranks'
+        f' {example.ranks}, num_completions={num_completions}: raise it, or'
+        ' take encode_labels where there are no ranks'
+      )
+  arrays, kept = _encode(
+    tokenizer, examples, num_completions, max_length, style, template, stop_id,
+    enable_thinking, too_long, num_buckets,
+  )  # fmt: skip
+  absent = (num_completions,) * num_completions
+  ranks = [((examples[i].ranks or ()) + absent)[:num_completions] for i in kept]
+  return Rankings(*arrays, np.array(ranks, np.int32).reshape(-1))
+
+
+def encode_labels(
+  tokenizer: Any,
+  examples: Sequence[Preference],
+  *,
+  max_length: int,
+  style: Style = 'plain',
+  template: str | None = None,
+  stop_id: int | None = None,
+  enable_thinking: bool | None = None,
+  too_long: Literal['error', 'drop'] = 'error',
+  num_buckets: int = 6,
+) -> Labels:
+  """Encode single completions, known good or bad, for losses without pairs.
+
+  Args:
+    tokenizer: with a padding token.
+    examples: of one completion.
+    max_length, style, template, stop_id, enable_thinking, too_long,
+      num_buckets: see `encode_pairs`.
+
+  Raises:
+    ValueError: names the row without a label, or that is too long; nothing
+      left; no stop token.
+  """
+  for row, example in enumerate(examples):
+    if example.desirable is None:
+      raise ValueError(
+        f'row {row}: {len(example.completions)} completions without a label:'
+        ' take encode_pairs or encode_rankings'
+      )
+  arrays, kept = _encode(
+    tokenizer, examples, 1, max_length, style, template, stop_id,
+    enable_thinking, too_long, num_buckets,
+  )  # fmt: skip
+  desirable = np.array([examples[i].desirable for i in kept], bool)
+  return Labels(*arrays, desirable)
+
+
+def _encode(
+  tokenizer: Any,
+  examples: Sequence[Preference],
+  unit_size: int,
+  max_length: int,
+  style: Style,
+  template: str | None,
+  stop_id: int | None,
+  enable_thinking: bool | None,
+  too_long: str,
+  num_buckets: int,
+) -> tuple[Demonstrations, list[int]]:
+  """Rows in units, each filled up with empty rows; which units were kept."""
+  stop_id = checked_stop(tokenizer, stop_id)
+  units = []
+  for row, example in enumerate(examples):
+    unit = [
+      completed(
+        tokenizer,
+        {**example._asdict(), 'completion': completion},
+        row,
+        prompt='prompt',
+        completion='completion',
+        style=style,
+        template=template,
+        stop_id=stop_id,
+        enable_thinking=enable_thinking,
+      )
+      for completion in example.completions
+    ]
+    units.append(unit + [Conversation([], [])] * (unit_size - len(unit)))
+  return unit_arrays(
+    units, padding_id(tokenizer), max_length, too_long, num_buckets
+  )
+
+
+def _margins(
+  margins: Sequence[float | None],
+) -> Float[np.ndarray, ' B'] | None:
+  """One for each row of a pair, None where no pair has one."""
+  known = [margin for margin in margins if margin is not None]
+  if not known:
+    return None
+  if len(known) < len(margins):
+    raise ValueError(
+      f'{len(known)} of {len(margins)} pairs have a margin: give all of them'
+      ' one, or none'
+    )
+  return np.repeat(np.array(known, np.float32), 2)
