@@ -35,15 +35,8 @@ LAYERS = (
     'compilation',
     *('device_loop', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
-    *(
-      'packing',
-      'preparation',
-      'recipe',
-      'rehearsal',
-      'schema',
-      'shapes',
-      'states',
-    ),
+    *('packing', 'preparation', 'recipe', 'rehearsal', 'schema'),
+    *('shapes', 'states'),
     *('streaming', 'trainer'),
   },
 )
