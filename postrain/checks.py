@@ -53,23 +53,27 @@ def check_assembly(
     )
   shards = recipe.mesh.data * recipe.mesh.fsdp * recipe.mesh.expert
   if recipe.rl.num_iterations:
-    _check_groups(recipe)
-    _check_kl(recipe)
-    _check_rescoring(recipe)
-    _check_versions(recipe)
-    rows = recipe.rl.num_prompts * recipe.sampling.num_samples
-    micro = rows // recipe.rl.num_minibatches // recipe.rl.num_micro_batches
-    part = recipe.rl.num_prompts // recipe.sampling.num_parts
-    _check_shards('prompts of a part of a rollout', part, shards)
-    _check_slots(recipe, shards)
-    _check_shards('rows of an rl micro-batch', micro, shards)
-    if recipe.rl.share_prompts:
-      micro //= recipe.sampling.num_samples
-      _check_shards('prompts of an rl micro-batch', micro, shards)
+    _check_online(recipe, shards)
   _check_rows(recipe, environment)
   if recipe.sft.num_steps:
     micro = recipe.sft.batch_size // recipe.sft.num_micro_batches
     _check_shards('rows of an sft micro-batch', micro, shards)
+
+
+def _check_online(recipe: Recipe, shards: int) -> None:
+  _check_groups(recipe)
+  _check_kl(recipe)
+  _check_rescoring(recipe)
+  _check_versions(recipe)
+  rows = recipe.rl.num_prompts * recipe.sampling.num_samples
+  micro = rows // recipe.rl.num_minibatches // recipe.rl.num_micro_batches
+  part = recipe.rl.num_prompts // recipe.sampling.num_parts
+  _check_shards('prompts of a part of a rollout', part, shards)
+  _check_slots(recipe, shards)
+  _check_shards('rows of an rl micro-batch', micro, shards)
+  if recipe.rl.share_prompts:
+    micro //= recipe.sampling.num_samples
+    _check_shards('prompts of an rl micro-batch', micro, shards)
 
 
 def check_lengths(

@@ -100,11 +100,7 @@ def make_prepare(
       arrays=arrays,
     )
     if recipe.sampling.carry_over is not None:
-      there = mask.any(-1).reshape(rewards.shape)  # others are under way
-      if 'reward_parts' in asked(advantage):
-        parts = signals['reward_parts']
-        there = jnp.broadcast_to(there[..., None], parts.shape)
-      signals = {**signals, 'where': there}
+      signals = {**signals, 'where': _ended(advantage, mask, signals)}
     trained = _trained_tokens(recipe, rollout, informative)
     batch = assemble(
       rollout, advantage=advantage, trained=trained, signals=signals,
@@ -113,6 +109,15 @@ def make_prepare(
     return batch, metrics, columns | {'advantage': _mean_advantages(batch)}
 
   return prepare
+
+
+def _ended(advantage: Callable, mask: Any, signals: dict[str, Any]) -> Any:
+  """Which rewards count: the other completions are under way."""
+  parts = signals['reward_parts']
+  there = jnp.broadcast_to(
+    mask.any(-1).reshape(*parts.shape[:2], 1), parts.shape
+  )
+  return there if 'reward_parts' in asked(advantage) else there[..., 0]
 
 
 def _with_old(
