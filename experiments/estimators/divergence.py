@@ -159,18 +159,25 @@ def as_loss(fn: Estimator, level: str, params: Params, ref: Params) -> Params:
   return expected_gradient(loss, params)
 
 
-def places(params: Params, ref: Params) -> dict[tuple[str, str, str], Params]:
-  """Gradients by estimator, place and level; 'both' adds the two."""
-  table = {}
-  for name, fn in ESTIMATORS.items():
-    for level in ('token', 'reward-to-go', 'sequence'):
-      table[name, 'reward', level] = as_reward(fn, level, params, ref)
-    for level in ('token', 'sequence'):
-      table[name, 'loss', level] = as_loss(fn, level, params, ref)
-      table[name, 'both', level] = jax.tree.map(
-        jnp.add, table[name, 'loss', level], table[name, 'reward', 'sequence']
-      )
-  return table
+PLACED = (
+  ('reward', 'token'), ('reward', 'reward-to-go'), ('reward', 'sequence'),
+  ('loss', 'token'), ('loss', 'sequence'),
+  ('both', 'token'), ('both', 'sequence'),
+)  # fmt: skip
+KEYS = [(name, *place) for name in ESTIMATORS for place in PLACED]
+
+
+def placed(key: tuple[str, str, str], params: Params, ref: Params) -> Params:
+  """The gradient of an estimator in its place; 'both' adds the two."""
+  name, place, level = key
+  fn = ESTIMATORS[name]
+  if place == 'reward':
+    return as_reward(fn, level, params, ref)
+  found = as_loss(fn, level, params, ref)
+  if place == 'both':
+    more = as_reward(fn, 'sequence', params, ref)
+    found = jax.tree.map(jnp.add, found, more)
+  return found
 
 
 def either(study: str, name: str, error: float, right: bool) -> Check:
@@ -209,7 +216,7 @@ def study() -> tuple[list[Check], dict]:
   checks += worked_case()
   params, ref_params = policies()
   truth = jax.grad(sequence_divergence)(params, ref_params)
-  table = places(params, ref_params)
+  table = {key: placed(key, params, ref_params) for key in KEYS}
   for key, found in table.items():
     label, right = ', '.join(key), key in RIGHT_PLACES
     checks.append(either(PLACES, label, gap(found, truth), right))

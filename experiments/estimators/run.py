@@ -3,7 +3,7 @@
   python experiments/estimators/run.py --workdir=runs/estimators
 
 Float64 on the CPU, no data. Prints every figure beside the expected one, writes
-results.json and four plots (extra `plots`); the exit status is 1 if one fails.
+results.json and five plots (extra `plots`); the exit status is 1 if one fails.
 """
 
 import argparse
@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 
-from experiments.estimators import difficulty, divergence, ratios
+from experiments.estimators import difficulty, divergence, optimum, ratios
 from experiments.estimators.common import report
 from postrain import workdir
 
@@ -54,6 +54,19 @@ def draw_divergence(figures: dict, path: pathlib.Path) -> None:
   )
   axes.legend(fontsize='small')
   figure.savefig(path / 'divergence.png', dpi=80)
+
+
+def draw_optimum(figures: dict, path: pathlib.Path) -> None:
+  figure, axes = panel(
+    'distance to π_ref exp(R/β)', 'steps', 'total variation', 'y'
+  )
+  for place, curve in figures['curves'].items():
+    right = tuple(place.split(', ')) in divergence.RIGHT_PLACES
+    color, label = ('C0', 'exact places') if right else ('C3', 'others')
+    axes.plot(figures['steps'], curve, color, lw=0.8, label=label)
+  unlike = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+  axes.legend(unlike.values(), unlike, fontsize='small')
+  figure.savefig(path / 'optimum.png', dpi=80)
 
 
 def draw_difficulty(figures: dict, path: pathlib.Path) -> None:
@@ -122,7 +135,7 @@ def main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_enable_x64', True)
   checks, figures = [], {}
-  for part in (divergence, difficulty, ratios):
+  for part in (divergence, optimum, difficulty, ratios):
     found, figures[part.__name__.split('.')[-1]] = part.study()
     checks += found
   print(report(checks).strip())
@@ -136,6 +149,7 @@ def main() -> None:
   }
   (path / 'results.json').write_text(json.dumps(rounded(results)))
   draw_divergence(figures['divergence'], path)
+  draw_optimum(figures['optimum'], path)
   draw_difficulty(figures['difficulty'], path)
   draw_ratios(figures['ratios'], path)
   sys.exit(int(failed > 0))
