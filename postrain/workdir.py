@@ -114,6 +114,18 @@ def differences(
   ]
 
 
+def without(config: Any, where: str = '') -> Any:
+  """The config without the fields that change no bit."""
+  if not isinstance(config, dict):
+    return config
+  paths = {key: f'{where}.{key}' if where else key for key in config}
+  return {
+    key: without(value, paths[key])
+    for key, value in config.items()
+    if paths[key] not in APART
+  }
+
+
 def write_json(path: str, record: Any) -> None:
   """Write a JSON file whole or not at all."""
   part = f'{path}.part'

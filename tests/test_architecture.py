@@ -35,8 +35,8 @@ LAYERS = (
     'compilation',
     *('device_loop', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
-    *('packing', 'preparation', 'recipe', 'rehearsal', 'schema'),
-    *('shapes', 'states'),
+    *('packing', 'pipeline', 'preparation', 'recipe', 'rehearsal'),
+    *('schema', 'shapes', 'states'),
     *('streaming', 'trainer'),
   },
 )
