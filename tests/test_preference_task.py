@@ -379,3 +379,17 @@ def test_impossible_tasks_and_candidates_are_refused():
 
 def test_render_writes_words_and_the_stop():
   assert TASK.render([2, 0, STOP, PAD]) == '2 0 $'
+
+
+def test_raters_work_in_double_precision_mode():
+  def figures(key):
+    drawn = candidates(TASK, key, num_prompts=4)
+    for fn in (pairs, rankings, unpaired):
+      batch = fn(TASK, drawn, key, **RATER)
+      gold = batch.arrays['gold']
+    return batch.tokens, gold, pair_accuracy(batch, gold)
+
+  with jax.enable_x64(True):
+    tokens, *others = jax.eval_shape(figures, jax.random.key(0))
+    assert tokens.dtype == jnp.int32
+    assert {x.dtype for x in others} == {jnp.dtype('float32')}

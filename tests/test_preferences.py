@@ -12,7 +12,7 @@ import pytest
 from tiny import quick_compiler as quick_compiler
 
 from postrain import data, losses, tokenizers
-from postrain.batches import weigh_units
+from postrain.batches import mismatched, weigh_units
 from postrain.data.preferences import Tie
 from postrain.models.wrap import plain
 from postrain.reward_models import completion_objective
@@ -371,6 +371,42 @@ def test_arrays_are_what_objectives_read():
     params = {'reward_model': {'score': jnp.zeros((1, 1))}}
     total, _ = objective(params, {}, weigh_units(batch))
     assert float(total) == pytest.approx(expected)
+
+
+def test_aligned_prompts_take_the_completions_of_others():
+  rows = [
+    {'prompt': 'ab', 'completion': 'cde', 'label': True},
+    {'prompt': 'v', 'completion': 'wx', 'label': False},
+  ]
+  examples = list(map(data.preference, rows))
+  arrays = data.encode_labels(TOKENIZER, examples, max_length=16)
+  aligned = data.align_prompts(arrays, prompt_length=3)
+  assert aligned.tokens.dtype == np.int32
+  assert aligned.tokens.shape == (2, 3 + 4)
+  for one, other in (
+    (arrays.valid, aligned.valid),
+    (arrays.mask, aligned.mask),
+  ):
+    assert other.dtype == bool
+    np.testing.assert_array_equal(arrays.tokens[one], aligned.tokens[other])
+  assert aligned.mask[:, 3].all()
+  assert not aligned.mask[:, :3].any()
+  assert not aligned.tokens[~aligned.valid].any()
+  batch = Batch(*map(jnp.asarray, aligned[:3]), weights={}, arrays={})
+  other = mismatched(batch, prompt_length=3)
+  texts = [
+    TOKENIZER.decode(np.asarray(row[seen]))
+    for row, seen in zip(other.tokens, other.valid, strict=True)
+  ]
+  assert texts == ['abwx<|eos|>', 'vcde<|eos|>']
+  with pytest.raises(ValueError, match=r'row 0: the prompt has 2 .*raise'):
+    data.align_prompts(arrays, prompt_length=1)
+  pair = data.encode_pairs(
+    TOKENIZER, [data.preference(PAIRS['text'] | {'margin': 1})], max_length=8
+  )
+  aligned = data.align_prompts(pair, prompt_length=3)
+  np.testing.assert_array_equal(aligned.tokens, pair.tokens[:, :6])
+  np.testing.assert_array_equal(aligned.margins, pair.margins)
 
 
 SOLVED = [

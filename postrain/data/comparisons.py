@@ -5,7 +5,7 @@ is sampled from, the completion and its stop token under the mask.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from jaxtyping import Bool, Float, Int
 import numpy as np
@@ -155,6 +155,9 @@ def encode_labels(
 ) -> Labels:
   """Encode single completions, known good or bad, for losses without pairs.
 
+  KTO's reference point is of `postrain.batches.mismatched` rows: move them
+  with `align_prompts` first.
+
   Args:
     tokenizer: with a padding token.
     examples: of one completion.
@@ -177,6 +180,46 @@ def encode_labels(
   )  # fmt: skip
   desirable = np.array([examples[i].desirable for i in kept], bool)
   return Labels(*arrays, desirable)
+
+
+Rows = TypeVar('Rows', Demonstrations, Pairs, Rankings, Labels)
+
+
+def align_prompts(arrays: Rows, *, prompt_length: int) -> Rows:
+  """Move rows so that all completions begin at one slot.
+
+  The layout of the sampler: prompts are left-padded, completions stand behind
+  them, where `postrain.batches.mismatched` looks for them. Unused slots hold 0.
+
+  Args:
+    arrays: whose rows are right-padded.
+    prompt_length: slots of the prompts.
+
+  Raises:
+    ValueError: names the row whose prompt is longer.
+  """
+  tokens, valid, mask = arrays[:3]
+  starts = mask.argmax(1)
+  row = int(starts.argmax())
+  if starts[row] > prompt_length:
+    raise ValueError(
+      f'row {row}: the prompt has {starts[row]} tokens, prompt_length='
+      f'{prompt_length}: raise it'
+    )
+  width = prompt_length + int((valid.sum(1) - starts).max())
+  source = np.arange(width)[None] - prompt_length + starts[:, None]
+  inside = (source >= 0) & (source < tokens.shape[1])
+  source = source.clip(0, tokens.shape[1] - 1)
+
+  def moved(x: np.ndarray) -> np.ndarray:
+    x = np.take_along_axis(np.where(valid, x, 0), source, 1)
+    return np.where(inside, x, 0)
+
+  return arrays._replace(
+    tokens=moved(tokens),
+    valid=moved(valid).astype(bool),
+    mask=moved(mask).astype(bool),
+  )
 
 
 def _encode(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from postrain.types import Batch, Task
+from postrain.types import Batch, Scalar, Task
 
 
 class Candidates(NamedTuple):
@@ -63,7 +63,7 @@ def candidates(
   shape = (num_prompts, num_samples, task.completion_length)
   tokens = jax.random.categorical(of_tokens, logits, shape=shape)
   tokens = tokens.astype(jnp.int32).at[..., -1].set(task.stop_ids[0])
-  stops = jnp.isin(tokens, jnp.array(task.stop_ids))
+  stops = jnp.isin(tokens, jnp.array(task.stop_ids, jnp.int32))
   # True up to the first stop, which is a token of the completion.
   mask = jnp.cumsum(stops, -1, dtype=jnp.int32) <= stops.astype(jnp.int32)
   tokens = jnp.where(mask, tokens, task.pad_id)
@@ -75,7 +75,7 @@ def label_probability(
   feature: Float[Array, 'P 2'] | None = None,
   *,
   scale: float = 10.0,
-  bias: float = 0.0,
+  bias: Scalar = 0.0,
   flip: float = 0.0,
 ) -> Float[Array, ' P']:
   """The chance that the first of two is preferred, after flips.
@@ -87,7 +87,7 @@ def label_probability(
     feature: what the rater has a taste for.
     scale: > 0; infinite for a rater who never errs, and decides by the bias
       alone between equal gold, else by chance.
-    bias: of any sign.
+    bias: of any sign; it may be traced.
     flip: share of labels that are turned around.
 
   Raises:
@@ -109,7 +109,7 @@ def pairs(
   *,
   scale: float = 10.0,
   feature: str | None = None,
-  bias: float = 0.0,
+  bias: Scalar = 0.0,
   flip: float = 0.0,
   tie_width: float | None = None,
 ) -> Batch:
@@ -154,7 +154,7 @@ def rankings(
   *,
   scale: float = 10.0,
   feature: str | None = None,
-  bias: float = 0.0,
+  bias: Scalar = 0.0,
 ) -> Batch:
   """Units of K rows with ``ranks``, by Plackett and Luce; 0 is the best.
 
@@ -185,7 +185,7 @@ def unpaired(
   *,
   scale: float = 10.0,
   feature: str | None = None,
-  bias: float = 0.0,
+  bias: Scalar = 0.0,
   flip: float = 0.0,
   share: float = 0.5,
 ) -> Batch:
@@ -254,7 +254,7 @@ def _ranks(
   noise: Float[Array, 'N K'],
   tastes: Float[Array, 'N K'] | None,
   scale: float,
-  bias: float,
+  bias: Scalar,
 ) -> Int[Array, 'N K']:
   """Places by scale·gold + bias·tastes + noise, the largest first."""
   rest = noise if tastes is None else noise + bias * tastes
@@ -287,10 +287,10 @@ def _batch(
   )
 
 
-def _check(scale: float, bias: float, flip: float, tasteful: bool) -> None:
+def _check(scale: float, bias: Scalar, flip: float, tasteful: bool) -> None:
   if not scale > 0:
     raise ValueError(f'scale={scale}: choose it above 0; infinity never errs')
   if not 0 <= flip <= 1:
     raise ValueError(f'flip={flip}: choose it in [0, 1]')
-  if bias and not tasteful:
+  if not tasteful and bias:
     raise ValueError(f'bias={bias}: name the feature that it is on')

@@ -58,9 +58,8 @@ def preference(
       f' completion_length={completion_length}: choose at least 2, 1 and 1'
     )
   pad, stop = num_words, num_words + 1
-  extra = np.tile(
-    np.array([0, 1], np.float32), (num_words, 1)
-  )  # of padding and stop
+  extra = np.zeros((num_words, 2), np.float32)  # of padding and stop
+  extra[:, 1] = 1
   table = np.hstack([word_values(num_words=num_words, seed=seed), extra])
 
   def prompt(
