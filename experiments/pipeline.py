@@ -1,6 +1,6 @@
 """Run the stages of a pipeline; the same command again continues it.
 
-  python experiments/pipeline.py --pipeline=configs/pipeline_arithmetic.py \\
+  python experiments/pipeline.py --pipeline=configs/pipeline_sort.py \\
     --workdir=runs/pipeline [--dry_run]
 
 The file has a function get_pipeline() -> {name: config}, in order; see
