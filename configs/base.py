@@ -35,15 +35,24 @@ def get_config() -> ConfigDict:
       rewards=dict(),
       # One choice per axis.
       advantage=dict(name='group_normalized', eps=1e-6),
+      whitening=config_dict.placeholder(dict),
       loss=dict(name='ppo_clip', clip_low=0.2, clip_high=0.2),
       aggregation=dict(name='token_mean'),
       selection=config_dict.placeholder(dict),
       correction=config_dict.placeholder(dict),
+      critic=dict(
+        network=config_dict.placeholder(dict),
+        returns=dict(name='lambda_returns', discount=1.0, lambda_=0.95),
+        loss=dict(name='clipped_squared_error', clip=0.2),
+        coef=1.0,
+        optimizer=adamw(learning_rate=1e-3),
+      ),
       kl=dict(
         estimator=dict(name='k3'),
         reward_coef=config_dict.placeholder(float),
         loss_coef=config_dict.placeholder(float),
         aggregation=config_dict.placeholder(dict),
+        controller=config_dict.placeholder(dict),
       ),
       entropy_coef=config_dict.placeholder(float),
       reference=dict(update='frozen', decay=0.99, every=1, memory='device'),
@@ -86,6 +95,7 @@ def get_config() -> ConfigDict:
         share_prompts=True,
         staleness=0,
         row_length=config_dict.placeholder(int),
+        kl_stop=config_dict.placeholder(float),
         optimizer=adamw(learning_rate=1e-3),
       ),
       evaluation=dict(

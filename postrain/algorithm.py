@@ -9,23 +9,22 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from postrain import (
   aggregation,
+  critics,
   importance,
   kl,
   losses,
   masks,
   objectives,
   optimizers,
-  sharding,
 )
-from postrain.adapted import trainable
 from postrain.batches import asked, reweigh, take
 from postrain.binding import bind
+from postrain.control import make_control, make_move_reference, make_stop
 from postrain.couplings import (
   with_array,
   with_expert_shares,
@@ -57,17 +56,22 @@ class Algorithm(NamedTuple):
     greedy: as ``sample``, one greedy completion of each prompt; None unless the
       advantage asks for their rewards, ``baselines``.
     prepare: (params, ref_params, prompts, prompt_mask, samples, rewards,
-      signals, packing=None) -> (Batch, Metrics, columns): scores, KL in the
-      reward, advantages, and figures of each completion. The ``signals`` are
-      those of `postrain.batches.assemble`; the packing is that of the scores.
+      signals, packing=None, kl_coef=None) -> (Batch, Metrics, columns): scores,
+      KL in the reward, advantages, and figures of each completion. The
+      ``signals`` are those of `postrain.batches.assemble`; the packing is that
+      of the scores.
     update: (state, batch, rows, key, packing=None) -> (state, Metrics): one
       optimiser step on the minibatch of ``rows``, so packed; the key is for
       masks that draw.
     imitate: (state, tokens, valid, mask, packing=None) -> (state, Metrics): one
       supervised step.
+    control: (kl_coef, reference/kl_sequence of `prepare`) -> kl_coef of the
+      next iteration; None where it is fixed.
     move_reference: (ref_params, params, iteration) -> ref_params.
     rl_optimizer, sft_optimizer: their gradient transformations.
     uses_reference: whether anything reads the reference.
+    critic: its network, if there is one; ``params`` have it in the online
+      stage.
   """
 
   sample: Callable[..., Samples]
@@ -76,10 +80,12 @@ class Algorithm(NamedTuple):
   prepare: Callable[..., tuple[Batch, Metrics, dict[str, Any]]]
   update: Callable[..., tuple[Any, Metrics]]
   imitate: Callable[..., tuple[Any, Metrics]]
+  control: Callable[..., Any] | None
   move_reference: Callable[..., Params]
   rl_optimizer: optax.GradientTransformation
   sft_optimizer: optax.GradientTransformation
   uses_reference: bool
+  critic: critics.Network | None = None
 
 
 def make_algorithm(
@@ -89,25 +95,36 @@ def make_algorithm(
   estimator = bind(kl, recipe.kl.estimator)
   advantage = bind_advantage(recipe)
   rl_optimizer = bind(optimizers, recipe.rl.optimizer)()
+  critic = None
+  if recipe.critic.network is not None:
+    critic = bind(critics, recipe.critic.network)(model, recipe.seed)
+    of_critic = bind(optimizers, recipe.critic.optimizer)()
+    # Nothing, not a norm that clips, is of both.
+    roles: dict[Any, Any] = {'actor': rl_optimizer, 'critic': of_critic}
+    rl_optimizer = optax.partition(roles, {role: role for role in roles})
+  critic_model = critic and critic.model
   sft_optimizer = bind(optimizers, recipe.sft.optimizer)()
   greedy = _make_sample(recipe, model, pad_id, stop_ids, greedy=True)
   return Algorithm(
     sample=_make_sample(recipe, model, pad_id, stop_ids),
     extend=_make_extend(recipe, model, stop_ids),
     greedy=greedy if 'baselines' in asked(advantage) else None,
-    prepare=make_prepare(recipe, model, estimator, advantage),
-    update=_make_update(recipe, model, rl_optimizer),
+    prepare=make_prepare(recipe, model, estimator, advantage, critic_model),
+    update=_make_update(recipe, model, rl_optimizer, critic_model),
     imitate=_make_imitate(recipe, model, sft_optimizer),
-    move_reference=_make_move_reference(recipe),
+    control=make_control(recipe),
+    move_reference=make_move_reference(recipe),
     rl_optimizer=rl_optimizer,
     sft_optimizer=sft_optimizer,
     uses_reference=uses_reference(recipe),
+    critic=critic,
   )
 
 
 def _make_update(
-  recipe: Recipe, model: Model, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[Any, Metrics]]:
+  recipe: Recipe, model: Model, optimizer: optax.GradientTransformation,
+  critic: Model | None,
+) -> Callable[..., tuple[Any, Metrics]]:  # fmt: skip
   weigh = functools.partial(
     reweigh,
     aggregation=bind(aggregation, recipe.aggregation),
@@ -115,18 +132,27 @@ def _make_update(
     correction=_optional(importance, recipe.correction),
   )
   loss = bind(losses, recipe.loss)
+  kl_coef, controlled = recipe.kl.loss_coef, recipe.kl.controller is not None
+  if kl_coef is not None and controlled:
+    kl_coef = 1.0  # the weights hold the one that moves
   objective = objectives.policy_gradient(
     model,
     loss=loss,
     kl=bind(kl, recipe.kl.estimator),
-    kl_coef=recipe.kl.loss_coef,
+    kl_coef=kl_coef,
     entropy_coef=recipe.entropy_coef,
+    value_loss=bind(losses, recipe.critic.loss),
+    value_coef=None if critic is None else recipe.critic.coef,
+    critic=critic,
     balance_coef=recipe.routing.balance_coef,
     temperature=recipe.sampling.temperature,
     chunk_size=recipe.chunk_size,
   )
   rl_step = make_train_step(
-    objective, optimizer, num_micro_batches=recipe.rl.num_micro_batches
+    objective,
+    optimizer,
+    num_micro_batches=recipe.rl.num_micro_batches,
+    stop=make_stop(recipe),
   )
   select = _make_select(recipe, model, restricts='selected' not in asked(loss))
   measure = _make_measure(recipe, model, recipe.rl.num_micro_batches)
@@ -141,7 +167,12 @@ def _make_update(
       batch = dataclasses.replace(batch, packing=packing)
     batch = select(state.params['actor'], batch, key)
     batch = measure(state.params['actor'], batch)
-    state, metrics = rl_step(state, {}, weigh(batch))
+    batch = weigh(batch)
+    if controlled:
+      weights = batch.weights
+      weights = {**weights, 'kl': weights['kl'] * state.kl_coef}
+      batch = dataclasses.replace(batch, weights=weights)
+    state, metrics = rl_step(state, {}, batch)
     return state, metrics | _fill(packing)
 
   return update
@@ -302,25 +333,3 @@ def _make_extend(
     )
 
   return go_on
-
-
-def _make_move_reference(recipe: Recipe) -> Callable[..., Params]:
-  choices = recipe.reference
-
-  def move(ref_params: Params, params: Params, iteration: Any) -> Params:
-    """The reference after ``iteration`` (from 0) has updated ``params``."""
-    if choices.update == 'frozen':
-      return ref_params
-    if choices.memory == 'host':
-      ref_params = sharding.fetched(ref_params)
-    params = trainable(params)
-    if choices.update == 'ema':
-      return jax.tree.map(
-        lambda r, p: choices.decay * r + (1 - choices.decay) * p,
-        ref_params,
-        params,
-      )
-    due = (iteration + 1) % choices.every == 0
-    return jax.tree.map(lambda r, p: jnp.where(due, p, r), ref_params, params)
-
-  return move

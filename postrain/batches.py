@@ -45,6 +45,8 @@ def assemble(
   rollout: Rollout,
   *,
   advantage: Callable[..., Array],
+  whitening: Callable[..., Array] | None = None,
+  returns: Callable[..., Array] | None = None,
   trained: Bool[Array, 'B T'] | None = None,
   counted: Bool[Array, 'B T'] | None = None,
   signals: Mapping[str, Array] | None = None,
@@ -59,6 +61,10 @@ def assemble(
       ``penalties`` [B T] in its arrays, which are taken from rewards of tokens.
     advantage: of `postrain.advantages`; one that asks for a ``mask`` is along
       tokens, with the reward of a completion on its last token.
+    whitening: of the advantages over all tokens of the mask; None for none.
+    returns: what a critic is trained towards, from the arrays of an advantage
+      along tokens, the ``old_values`` of the rollout as ``values``; None for
+      none.
     trained: tokens of the policy term, the mask if None.
     counted: tokens of its denominator, ``trained`` if None.
     signals: what else the advantage may ask for: ``baselines`` [P],
@@ -69,15 +75,21 @@ def assemble(
   num_prompts, num_samples = rollout.rewards.shape
   groups = jnp.repeat(jnp.arange(num_prompts), num_samples)
   advantages = _advantages(advantage, rollout, groups, signals or {})
+  advantages = jnp.where(mask, advantages, 0)
+  if whitening is not None:
+    arrays = {'advantages': advantages, 'mask': mask}
+    advantages = call_by_name(whitening, arrays)
   trained = mask if trained is None else trained & mask
   counted = trained if counted is None else counted & mask
   arrays = {
-    'advantages': jnp.where(mask, advantages, 0),
+    'advantages': advantages,
     'groups': groups,
     'sequence_ids': jnp.arange(len(mask)),
     'trained': trained,
     'counted': counted,
   }
+  if returns is not None:
+    arrays['returns'] = _advantages(returns, rollout, groups, {})
   return Batch(
     tokens=rollout.tokens,
     valid=rollout.valid,
@@ -103,6 +115,8 @@ def _advantages(
     )
     arrays = {**rollout.arrays, 'rewards': token_rewards, 'mask': mask}
     arrays |= {'groups': groups, 'turn_ids': rollout.turn_ids}
+    if 'old_values' in rollout.arrays:
+      arrays['values'] = rollout.arrays['old_values']
     return call_by_name(advantage, arrays)
   lengths = mask.sum(-1).reshape(rewards.shape)
   arrays = {**signals, 'rewards': rewards, 'lengths': lengths}

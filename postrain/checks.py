@@ -7,6 +7,7 @@ import numpy as np
 
 from postrain import advantages
 from postrain.binding import bind
+from postrain.critics import check_critic
 from postrain.environments import Environment
 from postrain.preparation import uses_reference
 from postrain.recipe import Recipe
@@ -63,6 +64,8 @@ def check_assembly(
 def _check_online(recipe: Recipe, shards: int) -> None:
   _check_groups(recipe)
   _check_kl(recipe)
+  _check_controller(recipe)
+  check_critic(recipe)
   _check_rescoring(recipe)
   _check_versions(recipe)
   rows = recipe.rl.num_prompts * recipe.sampling.num_samples
@@ -126,6 +129,26 @@ def _check_kl(recipe: Recipe) -> None:
     )
 
 
+def _check_controller(recipe: Recipe) -> None:
+  """One coefficient moves, from where it is set."""
+  kl = recipe.kl
+  coefs = (kl.reward_coef, kl.loss_coef)
+  if kl.controller is None:
+    return
+  if sum(coef is not None for coef in coefs) != 1:
+    raise ValueError(
+      f'kl.controller={kl.controller} with kl.reward_coef={kl.reward_coef} and'
+      f' kl.loss_coef={kl.loss_coef}: set one of them, where it begins, and the'
+      ' other to None'
+    )
+  start = next(coef for coef in coefs if coef is not None)
+  if isinstance(start, int | float) and start <= 0:
+    raise ValueError(
+      f'kl.controller={kl.controller} begins at the coefficient {start}, which'
+      ' it multiplies: set it to a positive number'
+    )
+
+
 def _check_rescoring(recipe: Recipe) -> None:
   """Without old log-probs of their own, those of the one update are the old.
 
@@ -140,6 +163,9 @@ def _check_rescoring(recipe: Recipe) -> None:
     'rl.num_minibatches': recipe.rl.num_minibatches > 1,
     'kl.reward_coef': recipe.kl.reward_coef is not None,
     'correction': recipe.correction is not None,
+    'critic.network': recipe.critic.network is not None,
+    'kl.controller': recipe.kl.controller is not None,
+    'rl.kl_stop': recipe.rl.kl_stop is not None,
     f'routing.replay={replay!r}': replay == 'old',
     **_versions(recipe),
   }

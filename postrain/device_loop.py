@@ -20,6 +20,7 @@ from postrain.binding import bind
 from postrain.checks import check_assembly
 from postrain.environments import Environment
 from postrain.environments.synthetic import grade
+from postrain.judges import is_reward_model
 from postrain.keys import minibatch_key, prompt_keys, run_key
 from postrain.recipe import Recipe, make_recipe, plain
 from postrain.train_step import merge, value
@@ -82,6 +83,11 @@ def _check(
   config: dict[str, Any], seeds: Array, hyperparameters: dict[str, Array]
 ) -> None:
   recipe = make_recipe(config)
+  if any(map(is_reward_model, recipe.rewards.values())):
+    raise ValueError(
+      'rewards: the device loop has those of its task alone, and no reward'
+      ' model; use the trainer'
+    )
   environment = bind(environments, recipe.environment)(
     recipe.seed, recipe.rewards
   )
@@ -90,6 +96,19 @@ def _check(
       f'environment {recipe.environment["name"]!r} rewards on the host: the'
       " device loop needs environment.name='task'"
     )
+  _check_choices(recipe)
+  for path, values in hyperparameters.items():
+    if values.shape != seeds.shape:
+      raise ValueError(
+        f'hyperparameters[{path!r}] has shape {values.shape},'
+        f' seeds {seeds.shape}: give one number for each run'
+      )
+  actor = bind(actors, recipe.model)(environment)
+  check_assembly(recipe, environment, actor.model)
+
+
+def _check_choices(recipe: Recipe) -> None:
+  """Refuse what one program cannot do."""
   if recipe.sft.num_steps or recipe.filter.informative_only:
     raise ValueError(
       'the device loop has neither supervised steps nor dynamic sampling: set'
@@ -117,14 +136,16 @@ def _check(
       "reference.memory='host': the device loop is one program, which holds its"
       " state on the device; set it to 'device', or use the trainer"
     )
-  for path, values in hyperparameters.items():
-    if values.shape != seeds.shape:
-      raise ValueError(
-        f'hyperparameters[{path!r}] has shape {values.shape},'
-        f' seeds {seeds.shape}: give one number for each run'
-      )
-  actor = bind(actors, recipe.model)(environment)
-  check_assembly(recipe, environment, actor.model)
+  if recipe.kl.controller is not None:
+    raise ValueError(
+      f'kl.controller={recipe.kl.controller}: the device loop has a fixed'
+      ' coefficient; set it to None, or use the trainer'
+    )
+  if recipe.critic.network is not None:
+    raise ValueError(
+      f'critic.network={recipe.critic.network["name"]!r}: the device loop'
+      ' trains the actor alone; set it to None, or use the trainer'
+    )
 
 
 def _override(config: dict[str, Any], values: dict[str, Array]) -> dict:
@@ -160,8 +181,9 @@ def _loop(config: dict[str, Any], seed: Array) -> Any:
   trained = trainable(params)
   reference = trained['actor'] if algorithm.uses_reference else None
   state = TrainState(
-    jnp.int32(0), params, algorithm.rl_optimizer.init(trained), reference
-  )
+    jnp.int32(0), params, algorithm.rl_optimizer.init(trained), reference,
+    stopped=None if recipe.rl.kl_stop is None else jnp.bool_(False),
+  )  # fmt: skip
 
   def iterate(state: TrainState, iteration: Array) -> Any:
     return _iterate(

@@ -12,6 +12,7 @@ PURPOSES = (
   'evaluation',
   'minibatches',
   'selection',
+  'critic',
 )
 
 

@@ -20,7 +20,6 @@ from postrain.dtypes import promoted
 from postrain.logprobs import token_entropy, token_logprobs
 from postrain.losses import load_balance
 from postrain.scoring import (
-  hidden_states,
   map_logits,
   rerouted,
   routed_states,
@@ -37,6 +36,7 @@ from postrain.types import (
   Scalar,
   Sum,
 )
+from postrain.values import token_values
 
 
 def masked_mean(values: Array, mask: Array) -> Mean:
@@ -126,8 +126,7 @@ def policy_gradient(
     metrics['policy/entropy'] = masked_mean(
       jax.lax.stop_gradient(entropy), mask
     )
-    if 'plain_logprobs' in batch.arrays:
-      metrics |= sampler_gap(plain, batch.arrays['plain_logprobs'], mask)
+    metrics |= _since_rollout(batch, old, plain)
     if entropy_coef is not None:
       bonus = jnp.sum(weights['entropy'] * jnp.where(mask, entropy, 0))
       total -= entropy_coef * bonus
@@ -307,6 +306,17 @@ def _policy_figures(
   return logprobs, entropy, routing, plain
 
 
+def _since_rollout(batch: Batch, logprobs: Array, plain: Array) -> Metrics:
+  """How far the policy is from that of the rollout, or from the sampler's."""
+  metrics, arrays = {}, batch.arrays
+  if 'old_logprobs' in arrays:
+    k1 = arrays['old_logprobs'] - logprobs
+    metrics['policy/old_k1'] = masked_mean(k1, batch.mask)
+  if 'plain_logprobs' in arrays:
+    metrics |= sampler_gap(plain, arrays['plain_logprobs'], batch.mask)
+  return metrics
+
+
 def _balance_term(
   batch: Batch, routing: dict[str, Array]
 ) -> tuple[Array, Metrics]:
@@ -331,16 +341,14 @@ def _value_term(
   critic: Any, params: Params, batch: Batch, value_loss: Any,
   chunk_size: int,
 ) -> tuple[Array, Metrics]:  # fmt: skip
-  hidden = hidden_states(
-    critic, params, batch.tokens, batch.valid, batch.mask, batch.packing
-  )
-  values = map_logits(
-    lambda v: v[..., 0], critic, params, hidden, chunk_size=chunk_size,
-    packing=batch.packing,
+  values = token_values(
+    critic, params, batch.tokens, batch.valid, batch.mask, batch.packing,
+    chunk_size=chunk_size,
   )  # fmt: skip
   arrays = {**batch.arrays, 'mask': batch.mask, 'values': values}
   losses, figures = call_by_name(value_loss, arrays)
-  metrics = {
+  total = jnp.sum(batch.weights['value'] * losses)
+  metrics: Metrics = {'loss/value': Sum(jax.lax.stop_gradient(total))}
+  return total, metrics | {
     f'value/{k}': masked_mean(v, batch.mask) for k, v in figures.items()
   }
-  return jnp.sum(batch.weights['value'] * losses), metrics

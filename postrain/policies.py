@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from postrain import actors, environments, hub, sharding, tokenizers
+from postrain import actors, hub, sharding, tokenizers
 from postrain.algorithm import make_algorithm
 from postrain.binding import bind
 from postrain.checkpoints import Checkpoints
+from postrain.judges import unjudged
 from postrain.recipe import make_recipe
 from postrain.states import States
 from postrain.types import Model, Params
@@ -158,9 +159,7 @@ def from_run(
   checkpoints = Checkpoints(directory, keep=None, read_only=True)
   with contextlib.closing(checkpoints):
     step = _existing_step(checkpoints.steps(), step, workdir)
-    environment = bind(environments, recipe.environment)(
-      recipe.seed, recipe.rewards
-    )
+    environment = unjudged(recipe)
     if environment.tokenizer is None:
       raise ValueError(
         f'{workdir} is a run of the environment'

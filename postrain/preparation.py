@@ -8,10 +8,15 @@ import jax.numpy as jnp
 
 from postrain import advantages, kl, masks, objectives, shaping, sharding
 from postrain.adapted import bases, rejoined
-from postrain.batches import asked, assemble, call_by_name
+from postrain.batches import asked, assemble, call_by_name, together
 from postrain.binding import bind
 from postrain.recipe import Recipe
-from postrain.scoring import Scores, rerouted, score
+from postrain.scoring import (
+  Scores,
+  in_slices,
+  rerouted,
+  score,
+)
 from postrain.types import (
   Batch,
   Mean,
@@ -21,9 +26,9 @@ from postrain.types import (
   Params,
   Rollout,
   Samples,
-  Scalar,
   SharedPrompts,
 )
+from postrain.values import explained_variance, token_values
 
 
 def uses_reference(recipe: Recipe) -> bool:
@@ -48,8 +53,9 @@ def bind_advantage(recipe: Recipe) -> Callable[..., Any]:
 
 
 def make_prepare(
-  recipe: Recipe, model: Model, estimator: Callable, advantage: Callable
-) -> Callable[..., tuple[Batch, Metrics, dict[str, Any]]]:
+  recipe: Recipe, model: Model, estimator: Callable, advantage: Callable,
+  critic: Model | None = None,
+) -> Callable[..., tuple[Batch, Metrics, dict[str, Any]]]:  # fmt: skip
   """Make ``prepare`` of `postrain.algorithm.Algorithm`."""
   score_fn = functools.partial(
     score,
@@ -58,11 +64,17 @@ def make_prepare(
     chunk_size=recipe.chunk_size,
     num_slices=recipe.rl.num_score_slices,
   )
+  whitening = None
+  if recipe.whitening is not None:
+    whitening = bind(advantages, recipe.whitening)
+  returns = None
+  if critic is not None:
+    returns = bind(advantages, recipe.critic.returns)
 
   def prepare(
     params: Params, ref_params: Params, prompts: Any, prompt_mask: Any,
     samples: Samples, rewards: Any, signals: dict[str, Any],
-    packing: Packing | None = None,
+    packing: Packing | None = None, kl_coef: Any = None,
   ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     tokens, valid, mask = join_prompts(prompts, prompt_mask, samples)
     shared = None
@@ -74,21 +86,22 @@ def make_prepare(
     arrays, metrics, columns = _with_old(
       recipe, score_rows, params['actor'], samples, mask
     )
+    if critic is not None:
+      rows = tokens, valid, mask, packing or shared
+      arrays['old_values'] = _values(recipe, critic, params['critic'], rows)
     informative = masks.informative_groups(rewards)  # before any KL
     if uses_reference(recipe):
-      if recipe.reference.memory == 'host':
-        ref_params = sharding.fetched(ref_params)
-      reference = rejoined(ref_params, bases(params['actor']))
+      reference = _reference(recipe, ref_params, params['actor'])
       arrays['ref_logprobs'] = score_rows(reference).logprobs
     if uses_reference(recipe) and recipe.rl.rescore:
       figures = {**arrays, 'logprobs': arrays['old_logprobs'], 'mask': mask}
-      metrics |= _reference_metrics(figures, mask)
+      metrics |= _reference_metrics(figures, mask, kl_coef)
       if recipe.kl.reward_coef is not None:
-        penalty = call_by_name(estimator, figures)
+        penalty = _penalty(recipe, estimator, figures, kl_coef)
         if 'mask' in asked(advantage):  # along tokens: each pays for itself
-          arrays['penalties'] = recipe.kl.reward_coef * penalty
+          arrays['penalties'] = penalty
         else:
-          rewards = _penalized(recipe.kl.reward_coef, rewards, penalty, mask)
+          rewards = _penalized(rewards, penalty, mask)
     rollout = Rollout(
       tokens=tokens,
       valid=valid,
@@ -103,12 +116,36 @@ def make_prepare(
       signals = {**signals, 'where': _ended(advantage, mask, signals)}
     trained = _trained_tokens(recipe, rollout, informative)
     batch = assemble(
-      rollout, advantage=advantage, trained=trained, signals=signals,
-      shared=shared,
+      rollout, advantage=advantage, whitening=whitening, returns=returns,
+      trained=trained, signals=signals, shared=shared,
     )  # fmt: skip
+    metrics |= _value_metrics(batch)
     return batch, metrics, columns | {'advantage': _mean_advantages(batch)}
 
   return prepare
+
+
+def _values(recipe: Recipe, critic: Model, params: Params, rows: tuple) -> Any:
+  """Values of the critic before its updates."""
+  of_slice = functools.partial(
+    token_values, critic, params, chunk_size=recipe.chunk_size
+  )
+  return in_slices(
+    lambda piece: of_slice(*piece), rows, recipe.rl.num_score_slices,
+    together(rows[-1]),
+  )  # fmt: skip
+
+
+def _value_metrics(batch: Batch) -> Metrics:
+  if 'returns' not in batch.arrays:
+    return {}
+  values, returns = batch.arrays['old_values'], batch.arrays['returns']
+  explained = explained_variance(values, returns, batch.mask)
+  return {
+    'value/explained_variance': Mean(explained, jnp.float32(1)),
+    'value/old': objectives.masked_mean(values, batch.mask),
+    'value/returns': objectives.masked_mean(returns, batch.mask),
+  }
 
 
 def _ended(advantage: Callable, mask: Any, signals: dict[str, Any]) -> Any:
@@ -187,20 +224,40 @@ def _sampler_metrics(
   return metrics
 
 
-def _reference_metrics(figures: dict[str, Any], mask: Any) -> Metrics:
+def _reference(recipe: Recipe, ref_params: Params, actor: Params) -> Params:
+  """The whole of its parameters, on the device."""
+  if recipe.reference.memory == 'host':
+    ref_params = sharding.fetched(ref_params)
+  return rejoined(ref_params, bases(actor))
+
+
+def _penalty(
+  recipe: Recipe, estimator: Callable, figures: dict[str, Any], kl_coef: Any
+) -> Any:
+  """What each token pays."""
+  coef = recipe.kl.reward_coef if kl_coef is None else kl_coef
+  return coef * call_by_name(estimator, figures)
+
+
+def _reference_metrics(
+  figures: dict[str, Any], mask: Any, kl_coef: Any
+) -> Metrics:
   k1 = jnp.where(mask, call_by_name(kl.k1, figures), 0)
   k3 = call_by_name(kl.k3, figures)
   sequences = mask.any(-1)
-  return {
+  metrics: Metrics = {
     'reference/kl_sequence': Mean(k1.sum(), sequences.sum(dtype=jnp.float32)),
     'reference/kl_token': objectives.masked_mean(k3, mask),
   }
+  if kl_coef is not None:
+    metrics['reference/kl_coef'] = Mean(kl_coef, jnp.float32(1))
+  return metrics
 
 
-def _penalized(coef: Scalar, rewards: Any, penalty: Any, mask: Any) -> Any:
-  """Each reward less the KL of its whole completion."""
+def _penalized(rewards: Any, penalty: Any, mask: Any) -> Any:
+  """Each reward less the penalties of its whole completion."""
   return shaping.kl_penalized(
-    rewards.reshape(-1), penalty, mask, coef=coef
+    rewards.reshape(-1), penalty, mask, coef=1.0
   ).reshape(rewards.shape)
 
 

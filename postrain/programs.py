@@ -52,9 +52,13 @@ class Programs:
     self.sample = jax.jit(algorithm.sample)
     self.extend: Any = algorithm.extend and jax.jit(algorithm.extend)
     self.greedy = algorithm.greedy and jax.jit(algorithm.greedy)
+
+    def prepare(kl_coef: Any, *rest: Any) -> tuple:
+      return algorithm.prepare(*rest, kl_coef=kl_coef)
+
     self.jit_prepare = jax.jit(
-      self._to_leaves(packed('prepare', algorithm.prepare)),
-      out_shardings=(rows, None, None),
+      self._to_leaves(packed('prepare', prepare)),
+      out_shardings=(rows, same, None),
     )
     self.jit_update = jax.jit(
       self._from_leaves(packed('update', algorithm.update)),
@@ -71,6 +75,9 @@ class Programs:
       self.move_reference = jax.jit(
         algorithm.move_reference, out_shardings=online.ref_params
       )
+    self.control: Any = algorithm.control and jax.jit(
+      algorithm.control, out_shardings=same
+    )
     self.informative = jax.jit(informative_groups)
     self.minibatches = jax.jit(
       functools.partial(_minibatches, recipe), out_shardings=same
@@ -92,7 +99,8 @@ class Programs:
 
   def prepare(
     self, params: dict[str, Params], ref_params: Params | None, prompts: Any,
-    prompt_mask: Any, samples: Samples, *rest: Any,
+    prompt_mask: Any, samples: Samples, rewards: Any, signals: Any,
+    kl_coef: Any = None,
   ) -> tuple[Batch, Metrics, dict[str, Any]]:  # fmt: skip
     """That of `Algorithm`."""
     packing, arrays = None, (prompts, prompt_mask, samples)
@@ -100,8 +108,8 @@ class Programs:
       arrays = with_slots(*arrays, self.environment.prompt_length)
     if layout := self.layouts.get('prepare'):
       packing = layout.pack(real_tokens(*arrays[1:]))
-    placed = self._put((*arrays, *rest, packing))
-    leaves, *others = self.jit_prepare(params, ref_params, *placed)
+    placed = self._put((*arrays, rewards, signals, packing))
+    leaves, *others = self.jit_prepare(kl_coef, params, ref_params, *placed)
     return self._batch(leaves), *others
 
   def update(

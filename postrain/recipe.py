@@ -46,11 +46,7 @@ def _build(schema: Any, given: Any, where: str) -> Any:
 def _check_ranges(recipe: Recipe) -> None:
   sampling, rl, sft = recipe.sampling, recipe.rl, recipe.sft
   _check_positive(recipe)
-  if recipe.evaluation.grader not in recipe.rewards:
-    raise ValueError(
-      f'evaluation.grader={recipe.evaluation.grader!r} is none of the rewards:'
-      f' {", ".join(recipe.rewards)}'
-    )
+  _check_rewards(recipe)
   _check_evaluation(recipe.evaluation)
   if not 0 <= recipe.reference.decay <= 1:
     raise ValueError(
@@ -82,11 +78,27 @@ def _check_ranges(recipe: Recipe) -> None:
       f'sampling.carry_over={sampling.carry_over}: an iteration would give more'
       f' than sampling.max_new_tokens={sampling.max_new_tokens}; set it to None'
     )
+  if isinstance(rl.kl_stop, int | float) and rl.kl_stop <= 0:
+    raise ValueError(
+      f'rl.kl_stop={rl.kl_stop}: no update would be made; it must be positive,'
+      ' or None'
+    )
   if rl.staleness not in (0, 1):
     raise ValueError(
       f'rl.staleness={rl.staleness}: a rollout is sampled 0 or 1 iterations'
       ' ahead'
     )
+
+
+def _check_rewards(recipe: Recipe) -> None:
+  if recipe.evaluation.grader not in recipe.rewards:
+    raise ValueError(
+      f'evaluation.grader={recipe.evaluation.grader!r} is none of the rewards:'
+      f' {", ".join(recipe.rewards)}'
+    )
+  blocks = recipe.rewards.values()
+  if not any(b['weight'] for b in blocks if 'weight' in b):
+    raise ValueError('rewards: at least one needs a weight that is not 0')
 
 
 def _check_groups(rl: Reinforcement) -> None:

@@ -1,6 +1,6 @@
 """What a run will call: every program of it, traced on shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import math
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from postrain import sharding
 from postrain.adapted import trainable
 from postrain.compilation import EXAMS, REMEDIES, SMALL, Program
+from postrain.judges import Judge
 from postrain.programs import Programs, apart
 from postrain.types import Samples, TrainState
 
@@ -18,7 +19,10 @@ from postrain.types import Samples, TrainState
 class Rehearsal:
   """Traces the programs of a run with what they will be called with."""
 
-  def __init__(self, programs: Programs):
+  def __init__(
+    self, programs: Programs, judges: Mapping[str, Judge] | None = None
+  ):
+    self.judges = judges or {}
     self.programs, self.shapes = programs, programs.shapes
     self.recipe, self.environment = programs.recipe, programs.environment
 
@@ -49,7 +53,7 @@ class Rehearsal:
         )
       learnt = longest if 'update' in self.programs.layouts else lengths
       found += _longest_first(self._learning, learnt)
-      found += self._small(found[0])
+      found += self._small(found[0], found[-1])
       found += _longest_first(self._drawing, lengths)
       if start <= supervised:
         found.append(self._beginning())
@@ -62,6 +66,8 @@ class Rehearsal:
       found += _longest_first(self._supervised, lengths)
     if recipe.evaluation.every:
       found += self._exams()
+    if iterations or recipe.evaluation.every:
+      found += self._judges()
     return found
 
   def _learning(self, slots: int) -> list[Program]:
@@ -74,7 +80,7 @@ class Rehearsal:
     signals = {'reward_parts': _floats(*shape, len(recipe.rewards))}
     if self.programs.greedy is not None:
       signals['baselines'] = _floats(num_prompts)
-    scored = (state.params, state.ref_params)
+    scored = (state.kl_coef, state.params, state.ref_params)
     arrays = self.shapes.rows((_floats(*shape), signals))
     arrays = *self.shapes.prompts(num_prompts, slots)[:2], samples, *arrays
     prepared = {
@@ -120,7 +126,7 @@ class Rehearsal:
       found.append(self._program(f'greedy[{slots}]', best, state, state.params))
     return found
 
-  def _small(self, update: Program) -> list[Program]:
+  def _small(self, update: Program, prepare: Program) -> list[Program]:
     """The other functions of an iteration: nothing in them has prompts."""
     recipe, state = self.recipe, self.shapes.states[0]
     choices, zero = recipe.rl, np.int32(0)
@@ -134,6 +140,11 @@ class Rehearsal:
       self._program('merge', self.programs.merge.trace(figures), state, None),
       self._program('informative', judged, state, None),
     ]
+    if self.programs.control is not None:
+      measured = prepare.traced.out_info[1]['reference/kl_sequence']
+      arguments = state.kl_coef, self.shapes.same(measured)
+      traced = self.programs.control.trace(*arguments)
+      found.append(self._program('control', traced, state, state.kl_coef))
     if state.ref_params is not None and recipe.reference.update != 'frozen':
       moved = (state.ref_params, state.params['actor'])
       traced = self.programs.move_reference.trace(*moved, zero)
@@ -142,7 +153,12 @@ class Rehearsal:
 
   def _beginning(self) -> Program:
     state = self.shapes.states[0]
-    traced = self.programs.states.begin.trace(trainable(state.params))
+    params, given = trainable(state.params), None
+    critic = params.pop('critic', None)
+    network = self.programs.states.algorithm.critic
+    if network is not None and network.read is not None:
+      given = critic
+    traced = self.programs.states.begin.trace(params, given)
     made = (state.opt_state, state.ref_params, trainable(state.params))
     return self._program('begin', traced, state, made)
 
@@ -168,6 +184,15 @@ class Rehearsal:
       for name, traced in exams
     ]
 
+  def _judges(self) -> list[Program]:
+    state = self.shapes.states[0]
+    return [
+      self._program(
+        f'reward model {label}', judge.traced(), state, judge.abstract
+      )
+      for label, judge in self.judges.items()
+    ]
+
   def _rehearse_rewards(self, slots: int, samples: Any) -> None:
     if self.environment.device_task is None:
       return
@@ -181,7 +206,9 @@ class Rehearsal:
     remedies: tuple[str, ...] = SMALL,
   ) -> Program:  # fmt: skip
     """A program that has a part of the state among its arguments."""
-    beside = sharding.device_bytes(state) - sharding.device_bytes(held)
+    frozen = [judge.abstract for judge in self.judges.values()]
+    whole = sharding.device_bytes((state, frozen))
+    beside = whole - sharding.device_bytes(held)
     kind = name.partition('[')[0]
     return Program(name, traced, beside, REMEDIES.get(kind, remedies))
 

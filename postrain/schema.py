@@ -39,6 +39,7 @@ class Reinforcement:
   share_prompts: bool  # the model reads a prompt once for all its completions
   staleness: int  # iterations that a rollout is sampled ahead of its update
   row_length: int | None  # tokens of a packed row; None pads a row for each
+  kl_stop: Scalar | None  # nats a token; past 1.5 of it an iteration is over
   optimizer: Block
 
 
@@ -66,6 +67,18 @@ class KL:
   reward_coef: Scalar | None
   loss_coef: Scalar | None
   aggregation: Block | None  # None: the one of the policy loss
+  controller: Block | None  # of `kl`, once an iteration; None leaves it fixed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Critic:
+  """What estimates values, for advantages that read them."""
+
+  network: Block | None  # of `critics`; None for no critic
+  returns: Block  # of `advantages`: what its values are trained towards
+  loss: Block
+  coef: Scalar
+  optimizer: Block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,10 +173,12 @@ class Recipe:
   rewards: Block  # label -> block with name and weight
   sampling: Sampling
   advantage: Block
+  whitening: Block | None  # of `advantages`, over the tokens of a rollout
   loss: Block
   aggregation: Block
   selection: Block | None  # of `masks`, over each minibatch: see `couplings`
   correction: Block | None
+  critic: Critic
   kl: KL
   entropy_coef: Scalar | None
   reference: Reference

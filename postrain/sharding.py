@@ -220,10 +220,11 @@ def opt_state_shardings(
     placed.append(
       optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda leaf, sharding: leaf if _masked(leaf) else sharding,
         state,
         shardings,
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=_masked,
       )
     )
 
@@ -231,6 +232,11 @@ def opt_state_shardings(
     place
   )  # it makes a state of its own, whose zeros would compile
   return placed[0]
+
+
+def _masked(leaf: Any) -> bool:
+  """Whether a role stands there that another's optimiser does not see."""
+  return isinstance(leaf, optax.MaskedNode)
 
 
 def abstract(shapes: Any, shardings: Any) -> Any:

@@ -14,7 +14,7 @@ from postrain.adapted import trainable
 from postrain.algorithm import Algorithm
 from postrain.keys import run_key
 from postrain.recipe import Recipe
-from postrain.types import Carried, Params, Samples, TrainState
+from postrain.types import Carried, Model, Params, Samples, TrainState
 
 
 class States:
@@ -46,22 +46,53 @@ class States:
 
   def begin_reinforcement(self, params: dict[str, Params]) -> TrainState:
     """A new optimiser, and the policy of this moment as the reference."""
-    opt_state, reference = self.begin(trainable(params))
+    critic, given = self.algorithm.critic, None
+    if critic is not None and critic.read is not None:
+      given = critic.read(self._param_shardings()['critic'])
+    opt_state, reference, begun = self.begin(trainable(params), given)
+    if critic is not None:
+      params = {**params, 'critic': begun if given is None else given}
     step = self._counter(self.recipe.sft.num_steps)
-    return TrainState(step, params, opt_state, reference)
+    place = sharding.replicated(self.mesh)
+    moving = jax.device_put(self._moving, place)
+    return TrainState(step, params, opt_state, reference, **moving)
+
+  @property
+  def _moving(self) -> dict[str, Any]:
+    """Numbers of the online stage that move, at its beginning."""
+    kl, moving = self.recipe.kl, {}
+    if kl.controller is not None:
+      coef = kl.reward_coef if kl.loss_coef is None else kl.loss_coef
+      moving['kl_coef'] = np.float32(coef)
+    if self.recipe.rl.kl_stop is not None:
+      moving['stopped'] = np.bool_(False)
+    return moving
 
   @functools.cached_property
   def begin(self) -> Any:
-    """Jitted: trained parameters -> (optimiser's state, reference)."""
+    """Jitted: trained parameters -> (optimiser's state, reference, critic).
+
+    The critic is None where there is none, or its parameters were ``given``.
+    """
     algorithm = self.algorithm
 
-    def begin(params: Any) -> tuple[Any, Params | None]:
+    critic = algorithm.critic
+
+    def begin(params: Any, given: Params | None) -> tuple[Any, ...]:
       keeps = algorithm.uses_reference
       reference = jax.tree.map(jnp.copy, params['actor']) if keeps else None
-      return algorithm.rl_optimizer.init(params), reference
+      begun = None
+      if critic is not None and critic.begin is not None:
+        begun = critic.begin(params['actor'])
+      if critic is not None:
+        params = {**params, 'critic': begun if given is None else given}
+      return algorithm.rl_optimizer.init(params), reference, begun
 
     state = self.abstract(self.recipe.sft.num_steps + 1)
-    placed = sharding.of((state.opt_state, state.ref_params))
+    made = None
+    if critic is not None and critic.begin is not None:
+      made = state.params['critic']
+    placed = sharding.of((state.opt_state, state.ref_params, made))
     return jax.jit(begin, out_shardings=placed)
 
   def _counter(self, step: int) -> jax.Array:
@@ -69,9 +100,13 @@ class States:
 
   def abstract(self, step: int) -> TrainState:
     """Shapes, dtypes and shardings of the state after ``step`` steps."""
-    shardings = self._param_shardings()
-    params = sharding.abstract({'actor': self.actor.model.shapes}, shardings)
     supervised = 0 < step <= self.recipe.sft.num_steps
+    models = self._models
+    if supervised:
+      models = {'actor': models['actor']}
+    shapes = {role: model.shapes for role, model in models.items()}
+    shardings = self._param_shardings()
+    params = sharding.abstract(shapes, {k: shardings[k] for k in shapes})
     optimizer = (
       self.algorithm.sft_optimizer
       if supervised
@@ -81,17 +116,23 @@ class States:
       jax.eval_shape(optimizer.init, trainable(params)),
       self._opt_state_shardings(optimizer, params),
     )
-    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    place = sharding.replicated(self.mesh)
+
+    def number(x: Any) -> Any:
+      return jax.ShapeDtypeStruct((), x.dtype, sharding=place)
+
+    moving = {} if supervised else jax.tree.map(number, self._moving)
     reference = None
     if self.algorithm.uses_reference and not supervised:
       reference = trainable(params['actor'])
       if self.recipe.reference.memory == 'host':
         reference = sharding.in_host(reference)
     return TrainState(
-      step=sharding.abstract(counter, sharding.replicated(self.mesh)),
+      step=number(np.int32(0)),
       params=params,
       opt_state=opt_state,
       ref_params=reference,
+      **moving,
     )
 
   def stored(self, step: int) -> TrainState:
@@ -126,10 +167,21 @@ class States:
     return Carried(samples, of(np.int32, (recipe.rl.num_prompts,)))
 
   def _param_shardings(self) -> dict[str, Any]:
-    return {'actor': sharding.param_shardings(self.mesh, self.actor.model)}
+    return {
+      role: sharding.param_shardings(self.mesh, model)
+      for role, model in self._models.items()
+    }
+
+  @property
+  def _models(self) -> dict[str, Model]:
+    """What has parameters that train, by role."""
+    critic = self.algorithm.critic
+    others = {} if critic is None else {'critic': critic.model}
+    return {'actor': self.actor.model, **others}
 
   def _opt_state_shardings(self, optimizer: Any, params: Any) -> Any:
-    shardings = trainable(self._param_shardings())
+    shardings = self._param_shardings()
+    shardings = trainable({role: shardings[role] for role in params})
     return sharding.opt_state_shardings(
       self.mesh, optimizer, trainable(params), shardings
     )

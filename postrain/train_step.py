@@ -29,6 +29,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   num_micro_batches: int = 1,
+  stop: Callable[[TrainState, Metrics], Any] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Make ``train_step(state, frozen, batch) -> (state, metrics)``.
 
@@ -37,6 +38,10 @@ def make_train_step(
   finite is left out whole: parameters and optimiser keep their bits, and
   ``skipped`` says so. Of `postrain.adapted` parameters the base stays out of
   it: ``opt_state`` is that of ``optimizer.init(trainable(params))``.
+
+  With ``stop``, of the state and of the figures at its parameters, an update
+  for which it holds is left out likewise, and ``stopped`` of state and figures
+  says so.
   """
 
   def train_step(
@@ -51,9 +56,12 @@ def make_train_step(
     with jax.numpy_dtype_promotion('standard'):  # Optax: rate ** integer count
       updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
     params = optax.apply_updates(trained, updates)
-    finite = jnp.isfinite(norm)
+    applies = finite = jnp.isfinite(norm)
+    stopped = None if stop is None else stop(state, metrics)
+    if stopped is not None:
+      applies = finite & ~stopped
     params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
+      lambda new, old: jnp.where(applies, new, old),
       (params, opt_state),
       (trained, state.opt_state),
     )
@@ -62,11 +70,19 @@ def make_train_step(
       'gradient_norm': Mean(norm, jnp.float32(1)),
       'skipped': Sum(1 - finite.astype(jnp.float32)),
     }
+    if stopped is not None:
+      metrics['stopped'] = Sum(stopped.astype(jnp.float32))
+    if len(gradient) > 1:
+      metrics |= {
+        f'gradient_norm/{role}': Mean(optax.tree.norm(part), jnp.float32(1))
+        for role, part in gradient.items()
+      }
     state = dataclasses.replace(
       state,
       step=state.step + 1,
       params=rejoined(params, bases(state.params)),
       opt_state=opt_state,
+      stopped=stopped,
     )
     return state, metrics
 

@@ -9,14 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from postrain import actors, environments, metrics, sharding, workdir
+from postrain import actors, metrics, sharding, workdir
 from postrain.algorithm import make_algorithm
 from postrain.binding import bind
 from postrain.checkpoints import Checkpoints
 from postrain.checks import check_assembly, check_lengths
 from postrain.collection import Collector, send
 from postrain.compilation import compiling
+from postrain.critics import check_vocabulary
 from postrain.evaluator import Evaluator
+from postrain.judges import make_environment
 from postrain.programs import Programs
 from postrain.recipe import make_recipe, plain
 from postrain.rehearsal import Rehearsal
@@ -62,9 +64,7 @@ class Trainer:
     self.config = plain(config)
     self.recipe = recipe = make_recipe(config)
     self.mesh = sharding.make_mesh(**vars(recipe.mesh))
-    self.environment = bind(environments, recipe.environment)(
-      recipe.seed, recipe.rewards
-    )
+    self.environment, judges = make_environment(recipe, self.mesh)
     self.actor = bind(actors, recipe.model)(self.environment)
     self.algorithm = make_algorithm(
       recipe,
@@ -74,12 +74,15 @@ class Trainer:
     )
     check_assembly(recipe, self.environment, self.actor.model)
     check_lengths(recipe, self.environment, self.actor.max_length)
+    if (critic := self.algorithm.critic) is not None:
+      check_vocabulary(critic, self.environment.vocab_size)
+      check_lengths(recipe, self.environment, critic.max_length)
     self._states = States(recipe, self.actor, self.algorithm, self.mesh)
     self._evaluator = Evaluator(recipe, self.actor.model, self.environment)
     self._programs = programs = Programs(
       recipe, self.environment, self.algorithm, self._states, self._evaluator
     )
-    self._rehearsal = Rehearsal(programs)
+    self._rehearsal = Rehearsal(programs, judges)
     with sharding.on(self.mesh):
       self._rehearsal.check()
     self._prepare, self._update = programs.prepare, programs.update
@@ -178,9 +181,8 @@ class Trainer:
     self, state: TrainState, step: int, report: Report
   ) -> tuple[TrainState, Tell]:
     choices, timer = self.recipe.sft, report.timer
-    arrays = self.environment.demonstrations(
-      step, choices.batch_size, choices.num_examples
-    )
+    draw: Any = self.environment.demonstrations  # some, says check_assembly
+    arrays = draw(step, choices.batch_size, choices.num_examples)
     state, figures = self._programs.imitate(state, *arrays)
     send(figures)
     report.flush()
@@ -212,8 +214,13 @@ class Trainer:
       samples,
       total.reshape(len(prompts.tokens), -1),
       signals,
+      state.kl_coef,
     )
     state, updates = self._optimise(state, batch, iteration)
+    if self._programs.control is not None:
+      measured = figures['reference/kl_sequence']
+      coef = self._programs.control(state.kl_coef, measured)
+      state = dataclasses.replace(state, kl_coef=coef)
     send((informative, figures, columns, updates))
 
     def tell() -> tuple[dict[str, float], int, list[dict[str, Any]]]:

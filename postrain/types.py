@@ -264,6 +264,8 @@ class TrainState:
   params: dict[str, Params]
   opt_state: Any
   ref_params: Params | None = None
+  kl_coef: Any = None  # Float[Array, ''], where a controller moves it
+  stopped: Any = None  # Bool[Array, ''], where updates may be left out
   carried: Any = None  # `Carried`, in checkpoints alone
 
 

@@ -23,7 +23,7 @@ LAYERS = (
   {
     *('adapted', 'batches', 'couplings', 'internals', 'models', 'objectives'),
     *('optimizers', 'reward_models', 'sampling', 'scoring', 'sharding'),
-    *('tasks', 'train_step', 'types'),
+    *('tasks', 'train_step', 'types', 'values'),
   },
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
@@ -32,7 +32,7 @@ LAYERS = (
   },
   {
     *('actors', 'algorithm', 'binding', 'checks', 'collection'),
-    'compilation',
+    *('compilation', 'control', 'critics', 'judges'),
     *('device_loop', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
     *('packing', 'pipeline', 'preparation', 'recipe', 'rehearsal'),

@@ -23,6 +23,8 @@ quick_compiler = tiny.quick_compiler
 NAN = float('nan')
 ABSENT = object()
 
+CONTROLLER = {'name': 'adaptive_coef', 'target': 0.1}
+
 # Config, what is changed in it by path, what the error says.
 FIELDS = [
   ('sort', {'surprise': 1}, "has no hyperparameter 'surprise'"),
@@ -108,7 +110,51 @@ FIELDS = [
   ('sort', {'loss.clip_hihg': 0.3}, "did you mean 'clip_high'"),
   ('sort', {'loss': {'name': 'squared_error'}}, 'asks for values, returns'),
   ('sort', {'advantage.name': 'group_normalised'}, "'group_normalized'"),
-  ('sort', {'advantage': {'name': 'gae'}}, 'gae asks for values; th'),
+  (
+    'sort',
+    {'advantage': {'name': 'gae'}},
+    'reads values, but critic.network=N',
+  ),
+  (
+    'sort',
+    {'critic.network': {'name': 'copied'}},
+    "advantage 'group_normalized' reads no values",
+  ),
+  *(
+    ('sort', {'critic.network': {'name': 'copied'}, **change}, message)
+    for change, message in (
+      (
+        {'advantage': {'name': 'gae', 'discount': 0.9}},
+        'advantage.discount=0.9 with critic.returns.discount=1.0',
+      ),
+      (
+        {'advantage': {'name': 'gae'}, 'rl.rescore': False},
+        'rl.rescore=False with critic.network',
+      ),
+    )
+  ),
+  ('sort', {'critic.network': {'name': 'copy'}}, "did you mean 'copied'"),
+  ('sort', {'critic.loss.clipp': 1.0}, "did you mean 'clip'"),
+  ('sort', {'whitening': {'name': 'whitened'}}, "did you mean 'whiten'"),
+  ('sort', {'kl.controller': CONTROLLER}, 'set one of them, where it begins'),
+  *(
+    ('sort', {'kl.reward_coef': 0.1, **change}, message)
+    for change, message in (
+      (
+        {'kl.controller': {**CONTROLLER, 'horizon': 3.0}},
+        'max_error=0.2 times num_sequences=16 is not below horizon=3.0',
+      ),
+      (
+        {'kl.controller': CONTROLLER, 'kl.reward_coef': 0.0},
+        'begins at the coefficient 0.0',
+      ),
+      (
+        {'kl.controller': CONTROLLER, 'kl.loss_coef': 0.1},
+        'set one of them, where it begins',
+      ),
+    )
+  ),
+  ('sort', {'rl.kl_stop': 0.0}, 'rl.kl_stop=0.0: no update would be made'),
   ('sort', {'aggregation.name': 'token_sum'}, "has no 'token_sum'"),
   ('sort', {'correction': {}}, r"expected dict\(name='...'\)"),
   ('sort', {'kl.aggregation': {'name': 'mean'}}, "has no 'mean'"),

@@ -62,7 +62,7 @@ def reward_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
   """The weight of each reward in the sum that trains.
 
   Raises:
-    ValueError: one is missing or no finite number, or all are 0.
+    ValueError: one is missing or no finite number.
   """
   weights: dict[str, float] = {}
   for label, block in rewards.items():
@@ -76,6 +76,4 @@ def reward_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
         f'rewards.{label}={block!r}: it needs a finite number as its weight'
       )
     weights[label] = float(weight)
-  if not any(weights.values()):
-    raise ValueError('rewards: at least one needs a weight that is not 0')
   return weights
