@@ -90,10 +90,11 @@ def _check(
       f'environment {recipe.environment["name"]!r} rewards on the host: the'
       " device loop needs environment.name='task'"
     )
-  if recipe.sft.num_steps or recipe.filter.informative_only:
+  if recipe.num_offline_steps or recipe.filter.informative_only:
     raise ValueError(
-      'the device loop has neither supervised steps nor dynamic sampling: set'
-      ' sft.num_steps=0 and filter.informative_only=False, or use the trainer'
+      'the device loop has neither supervised steps nor dynamic sampling nor'
+      ' preferences: set sft.num_steps=0, preference.num_steps=0 and'
+      ' filter.informative_only=False, or use the trainer'
     )
   if recipe.sampling.num_slots is not None:
     raise ValueError(

@@ -12,6 +12,8 @@ PURPOSES = (
   'evaluation',
   'minibatches',
   'selection',
+  'preferences',
+  'held_out_preferences',
 )
 
 

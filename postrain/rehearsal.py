@@ -11,6 +11,7 @@ import numpy as np
 from postrain import sharding
 from postrain.adapted import trainable
 from postrain.compilation import EXAMS, REMEDIES, SMALL, Program
+from postrain.preferring import comparisons
 from postrain.programs import Programs, apart
 from postrain.types import Samples, TrainState
 
@@ -30,6 +31,9 @@ class Rehearsal:
     """
     if self.recipe.sft.num_steps:
       self._supervised(self.environment.demonstration_length)
+    if self.recipe.preference.num_steps:
+      units = comparisons(self.recipe, self.environment)
+      self._preferring(units.length)
     if self.recipe.rl.num_iterations:
       self._learning(self.environment.prompt_length)
       self._drawing(self.environment.prompt_length)
@@ -38,9 +42,10 @@ class Rehearsal:
     """What steps from ``start`` on will call, the slowest to compile first."""
     recipe, environment = self.recipe, self.environment
     supervised, iterations = recipe.sft.num_steps, recipe.rl.num_iterations
+    offline = recipe.num_offline_steps
     found: list[Program] = []
     if iterations:
-      first = max(start - supervised, 0) * recipe.rollouts
+      first = max(start - offline, 0) * recipe.rollouts
       longest = {environment.prompt_length}
       lengths = longest
       if self.programs.extend is None:
@@ -51,8 +56,14 @@ class Rehearsal:
       found += _longest_first(self._learning, learnt)
       found += self._small(found[0])
       found += _longest_first(self._drawing, lengths)
-      if start <= supervised:
-        found.append(self._beginning())
+      if start <= offline:
+        begin = self.programs.states.begin
+        found.append(self._beginning(begin, self.shapes.states[0]))
+    if start < offline:
+      found += self._preferred(max(start - supervised, 0))
+      if start <= supervised < offline:
+        begin = self.programs.states.begin_preference
+        found.append(self._beginning(begin, self.shapes.preferring))
     if start < supervised:
       lengths = {environment.demonstration_length}
       if 'imitate' not in self.programs.layouts:
@@ -140,9 +151,27 @@ class Rehearsal:
       found += [self._program('move_reference', traced, state, moved)]
     return found
 
-  def _beginning(self) -> Program:
-    state = self.shapes.states[0]
-    traced = self.programs.states.begin.trace(trainable(state.params))
+  def _preferred(self, start: int) -> list[Program]:
+    """Steps on preferences from number ``start`` of them on."""
+    choices = self.recipe.preference
+    if not choices.num_steps:
+      return []
+    steps = range(start, choices.num_steps)
+    lengths = comparisons(self.recipe, self.environment).lengths(
+      steps, choices.batch_size, choices.num_examples
+    )
+    return _longest_first(self._preferring, lengths)
+
+  def _preferring(self, length: int) -> list[Program]:
+    state = self.shapes.preferring
+    units = comparisons(self.recipe, self.environment)
+    arrays = self.shapes.preferences(units, length)
+    changed, reference = apart(state)
+    traced = self.programs.jit_prefer.trace(changed, reference, *arrays)
+    return [self._program(f'prefer[{length}]', traced, state, state)]
+
+  def _beginning(self, begin: Any, state: TrainState) -> Program:
+    traced = begin.trace(trainable(state.params))
     made = (state.opt_state, state.ref_params, trainable(state.params))
     return self._program('begin', traced, state, made)
 
@@ -160,10 +189,17 @@ class Rehearsal:
     ]
 
   def _exams(self) -> list[Program]:
+    found: list[Program] = []
+    if self.programs.judging is not None:
+      state = self.shapes.preferring
+      traced = self.programs.judging.traced(state)
+      found += [self._program('evaluate pairs', traced, state, state, EXAMS)]
+    if self.recipe.preference.learns == 'reward_model':
+      return found
     # The stage with a reference is the one that has less room.
     state = self.shapes.states[not self.recipe.rl.num_iterations]
     exams = self.programs.evaluator.traced(state.params, self.shapes.key)
-    return [
+    return found + [
       self._program(f'evaluate {name}', traced, state, state.params, EXAMS)
       for name, traced in exams
     ]

@@ -1,4 +1,4 @@
-"""The state of a run: fresh, of its second stage, and as shapes to restore."""
+"""The state of a run: fresh, of its next stage, and as shapes to restore."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ class States:
 
   A frozen base is in ``params`` alone: the reference shares it.
 
-  The supervised stage and the online one have optimisers of their own, so the
-  structure of a state follows from the number of steps done.
+  Each stage has an optimiser of its own, so the structure of a state follows
+  from the number of steps done.
   """
 
   def __init__(
@@ -38,31 +38,62 @@ class States:
     key = run_key(self.recipe.seed, 'init')
     params = {'actor': self.actor.init(key, shardings['actor'])}
     if not self.recipe.sft.num_steps:
-      return self.begin_reinforcement(params)
+      return self.begin_next(params, 0)
     optimizer = self.algorithm.sft_optimizer
     placed = self._opt_state_shardings(optimizer, params)
     init = jax.jit(optimizer.init, out_shardings=placed)
     return TrainState(self._counter(0), params, init(trainable(params)))
 
-  def begin_reinforcement(self, params: dict[str, Params]) -> TrainState:
+  def begin_next(self, params: dict[str, Params], step: int) -> TrainState:
     """A new optimiser, and the policy of this moment as the reference."""
-    opt_state, reference = self.begin(trainable(params))
-    step = self._counter(self.recipe.sft.num_steps)
-    return TrainState(step, params, opt_state, reference)
+    begin = self.begin if self._online(step + 1) else self.begin_preference
+    opt_state, reference = begin(trainable(params))
+    return TrainState(self._counter(step), params, opt_state, reference)
 
   @functools.cached_property
   def begin(self) -> Any:
     """Jitted: trained parameters -> (optimiser's state, reference)."""
-    algorithm = self.algorithm
+    return self._beginning(self.recipe.num_offline_steps + 1)
+
+  @functools.cached_property
+  def begin_preference(self) -> Any:
+    """Likewise, of the stage on preferences."""
+    return self._beginning(self.recipe.sft.num_steps + 1)
+
+  def _beginning(self, step: int) -> Any:
+    optimizer, keeps = self._optimizer(step), self._keeps_reference(step)
 
     def begin(params: Any) -> tuple[Any, Params | None]:
-      keeps = algorithm.uses_reference
       reference = jax.tree.map(jnp.copy, params['actor']) if keeps else None
-      return algorithm.rl_optimizer.init(params), reference
+      return optimizer.init(params), reference
 
-    state = self.abstract(self.recipe.sft.num_steps + 1)
+    state = self.abstract(step)
     placed = sharding.of((state.opt_state, state.ref_params))
     return jax.jit(begin, out_shardings=placed)
+
+  # What stage the state after so many steps is of.
+
+  def _online(self, step: int) -> bool:
+    return not 0 < step <= self.recipe.num_offline_steps
+
+  def _supervised(self, step: int) -> bool:
+    return 0 < step <= self.recipe.sft.num_steps
+
+  def _optimizer(self, step: int) -> Any:
+    algorithm: Any = self.algorithm
+    if self._supervised(step):
+      return algorithm.sft_optimizer
+    if self._online(step):
+      return algorithm.rl_optimizer
+    return algorithm.preferring.optimizer  # there is one: it has steps
+
+  def _keeps_reference(self, step: int) -> bool:
+    if self._supervised(step):
+      return False
+    if self._online(step):
+      return self.algorithm.uses_reference
+    preferring = self.algorithm.preferring
+    return preferring is not None and preferring.uses_reference
 
   def _counter(self, step: int) -> jax.Array:
     return jax.device_put(np.int32(step), sharding.replicated(self.mesh))
@@ -71,21 +102,16 @@ class States:
     """Shapes, dtypes and shardings of the state after ``step`` steps."""
     shardings = self._param_shardings()
     params = sharding.abstract({'actor': self.actor.model.shapes}, shardings)
-    supervised = 0 < step <= self.recipe.sft.num_steps
-    optimizer = (
-      self.algorithm.sft_optimizer
-      if supervised
-      else self.algorithm.rl_optimizer
-    )
+    optimizer = self._optimizer(step)
     opt_state = sharding.abstract(
       jax.eval_shape(optimizer.init, trainable(params)),
       self._opt_state_shardings(optimizer, params),
     )
     counter = jax.ShapeDtypeStruct((), jnp.int32)
     reference = None
-    if self.algorithm.uses_reference and not supervised:
+    if self._keeps_reference(step):
       reference = trainable(params['actor'])
-      if self.recipe.reference.memory == 'host':
+      if self._online(step) and self.recipe.reference.memory == 'host':
         reference = sharding.in_host(reference)
     return TrainState(
       step=sharding.abstract(counter, sharding.replicated(self.mesh)),
@@ -96,7 +122,7 @@ class States:
 
   def stored(self, step: int) -> TrainState:
     """What a checkpoint holds: `abstract`, and completions under way."""
-    begun = self.recipe.sft.num_steps < step < self.recipe.num_steps
+    begun = self.recipe.num_offline_steps < step < self.recipe.num_steps
     carried = self.carried if begun else None
     return dataclasses.replace(self.abstract(step), carried=carried)
 
