@@ -84,6 +84,18 @@ def get_config() -> ConfigDict:
         row_length=config_dict.placeholder(int),
         optimizer=adamw(learning_rate=1e-3),
       ),
+      preference=dict(
+        num_steps=0,
+        batch_size=32,
+        num_examples=config_dict.placeholder(int),
+        num_micro_batches=1,
+        learns='policy',
+        data='pairs',
+        loss=dict(name='dpo', beta=0.1),
+        sft_coef=config_dict.placeholder(float),
+        centering_coef=config_dict.placeholder(float),
+        optimizer=adamw(learning_rate=1e-3),
+      ),
       rl=dict(
         num_iterations=0,
         num_prompts=32,

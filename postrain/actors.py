@@ -1,6 +1,6 @@
 """The networks of a run: from a config block to a model and its parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import os
@@ -14,6 +14,7 @@ from postrain.binding import check_arguments
 from postrain.environments import Environment
 from postrain.models import families
 from postrain.models.config import Config
+from postrain.models.heads import with_labels
 from postrain.models.lora import LoRA, merged
 from postrain.models.lora import lora as make_lora
 from postrain.models.transformer import transformer as make_transformer
@@ -62,6 +63,8 @@ def transformer(
   experts_per_token: int = 0,
   normalize_gates: bool = True,
   shared_mlp_dim: int = 0,
+  head: str = 'language_model',
+  num_labels: int = 0,
   dtype: str = 'float32',
   param_dtype: str = 'float32',
   remat: str | None = None,
@@ -71,6 +74,7 @@ def transformer(
 ) -> Actor:
   """A decoder from scratch; see `postrain.models.config.Config`.
 
+  With ``head='sequence_labels'`` and ``num_labels=1`` it is a reward model.
   With ``lora``, fields of `postrain.models.lora.LoRA`, only its adapters train,
   and ``quantize`` stores what they adapt in fewer bits.
 
@@ -85,6 +89,7 @@ def transformer(
     tie_embeddings=tie_embeddings, qkv_bias=qkv_bias, qk_norm=qk_norm,
     num_experts=num_experts, experts_per_token=experts_per_token,
     normalize_gates=normalize_gates, shared_mlp_dim=shared_mlp_dim,
+    head=head, num_labels=num_labels,
     dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention,
   )  # fmt: skip
   return _from_scratch(environment, config, lora, quantize)
@@ -93,7 +98,8 @@ def transformer(
 def _from_scratch(
   environment: Environment, config: Config, lora: Any, quantize: Any
 ) -> Actor:
-  families.to_huggingface(config)  # refuses before anything is trained
+  # Refuses before anything is trained.
+  families.to_huggingface(config, _source(environment, config, None))
   model = _model(config, lora, quantize)
   export = functools.partial(_export, environment, config, None)
   actor = Actor(model, jitted_init(model), config.max_length, export)
@@ -104,6 +110,8 @@ def pretrained(
   environment: Environment,
   *,
   directory: str,
+  head: str = 'language_model',
+  num_labels: int = 0,
   dtype: str = 'float32',
   remat: str | None = None,
   attention: str = 'auto',
@@ -114,14 +122,24 @@ def pretrained(
 
   The headers of its files are checked at once, so that most broken ones are
   known before anything else; the weights go into their shards when the run
-  begins. With ``lora``, fields of `postrain.models.lora.LoRA`, they stay as
-  they are and its adapters train; ``quantize`` stores them in fewer bits.
+  begins. With another ``head``, say 'sequence_labels' of ``num_labels=1``, a
+  language model gets a new one, 0 at first. With ``lora``, fields of
+  `postrain.models.lora.LoRA`, they stay as they are and its adapters train;
+  ``quantize`` stores them in fewer bits.
   """
-  opened = hub.open(directory, dtype=dtype)
-  config = dataclasses.replace(opened.config, remat=remat, attention=attention)
+  opened = hub.open(directory, dtype=dtype, head=None)
+  config = dataclasses.replace(
+    _with_head(opened.config, directory, head, num_labels),
+    remat=remat,
+    attention=attention,
+  )
   model = _model(config, lora, quantize)
 
   def init(_: Any, shardings: Any) -> Params:
+    if config.head != opened.config.head:
+      labels: Any = dict(num_labels=num_labels, head=head)
+      _, params = with_labels(opened.config, hub.read(opened), **labels)
+      return jax.device_put(params, shardings)
     if quantize is None:
       return hub.read(opened, shardings)
     # Matrix by matrix: the whole stays on the host.
@@ -136,8 +154,30 @@ def pretrained(
   return _with_lora(actor, config, lora, base=directory)
 
 
+def _with_head(
+  config: Config, directory: str, head: str, num_labels: int
+) -> Config:
+  """The config of a directory, or with labels in place of words."""
+  if config.head == 'language_model' != head:
+    return dataclasses.replace(
+      config, head=head, num_labels=num_labels, tie_embeddings=True
+    )
+  if (head, num_labels) != (config.head, config.num_labels):
+    raise ValueError(
+      f'{directory} has head={config.head!r} of num_labels={config.num_labels},'
+      f' not {head!r} of {num_labels}: choose another directory, or set'
+      ' model.head and model.num_labels to these'
+    )
+  return config
+
+
 def _model(config: Config, lora: Any, quantize: Any) -> Model:
   model = make_transformer(config)
+  if lora is not None and config.head != 'language_model':
+    raise ValueError(
+      f'model.lora of a model with head={config.head!r}: adapters alone would'
+      ' train, and never the head; set model.lora=None'
+    )
   if quantize is None:
     return model
   if lora is None:
@@ -176,6 +216,19 @@ def _with_lora(
   return Actor(model, init, actor.max_length, export)
 
 
+def _source(
+  environment: Environment, config: Config, origin: hub.Directory | None
+) -> Mapping[str, Any] | None:
+  """The config.json that an export goes on from.
+
+  Readers of a model that scores find the token to score by the padding.
+  """
+  source = origin and origin.source
+  if config.head == 'language_model':
+    return source
+  return {**(source or {}), 'pad_token_id': environment.pad_id}
+
+
 def _export(
   environment: Environment, config: Config, origin: hub.Directory | None,
   directory: str, params: Params,
@@ -184,7 +237,7 @@ def _export(
     directory,
     config,
     params,
-    source=origin and origin.source,
+    source=_source(environment, config, origin),
     tokenizer=environment.tokenizer,
     generation_config=origin and origin.generation_config,
     overwrite=True,

@@ -30,6 +30,7 @@ from postrain.couplings import (
   with_expert_shares,
   with_selection,
 )
+from postrain.preferring import Preferring, make_preferring
 from postrain.preparation import bind_advantage, make_prepare, uses_reference
 from postrain.recipe import Block, Recipe
 from postrain.sampling import extend, sample, sample_in_slots
@@ -72,6 +73,7 @@ class Algorithm(NamedTuple):
     uses_reference: whether anything reads the reference.
     critic: its network, if there is one; ``params`` have it in the online
       stage.
+    preferring: the stage on preferences, None where it has no steps.
   """
 
   sample: Callable[..., Samples]
@@ -86,12 +88,22 @@ class Algorithm(NamedTuple):
   sft_optimizer: optax.GradientTransformation
   uses_reference: bool
   critic: critics.Network | None = None
+  preferring: Preferring | None = None
 
 
 def make_algorithm(
-  recipe: Recipe, model: Model, *, pad_id: int, stop_ids: tuple[int, ...]
-) -> Algorithm:
-  """Bind every choice of a recipe; all errors of naming appear here."""
+  recipe: Recipe, model: Model, *, pad_id: int, stop_ids: tuple[int, ...],
+  prompt_length: int = 0,
+) -> Algorithm:  # fmt: skip
+  """Bind every choice of a recipe; all errors of naming appear here.
+
+  Args:
+    recipe: of the run.
+    model: that learns.
+    pad_id: fills unused slots.
+    stop_ids: end a completion.
+    prompt_length: slots of prompts, which losses of single completions read.
+  """
   estimator = bind(kl, recipe.kl.estimator)
   advantage = bind_advantage(recipe)
   rl_optimizer = bind(optimizers, recipe.rl.optimizer)()
@@ -118,6 +130,9 @@ def make_algorithm(
     sft_optimizer=sft_optimizer,
     uses_reference=uses_reference(recipe),
     critic=critic,
+    preferring=make_preferring(recipe, model, prompt_length=prompt_length)
+    if recipe.preference.num_steps
+    else None,
   )
 
 

@@ -9,6 +9,7 @@ from postrain import advantages
 from postrain.binding import bind
 from postrain.critics import check_critic
 from postrain.environments import Environment
+from postrain.preferring import check_preference, comparisons
 from postrain.preparation import uses_reference
 from postrain.recipe import Recipe
 from postrain.types import Model, Samples
@@ -39,6 +40,8 @@ def check_assembly(
       f' {recipe.environment["name"]!r} has no demonstrations: name their field'
       ' (environment.completion of texts), or set sft.num_steps=0'
     )
+  if recipe.preference.num_steps:
+    check_preference(recipe, environment, model)
   if recipe.filter.overlong == 'mask' and not environment.stop_ids:
     raise ValueError(
       "filter.overlong='mask', but no token ends a completion: every one would"
@@ -59,6 +62,10 @@ def check_assembly(
   if recipe.sft.num_steps:
     micro = recipe.sft.batch_size // recipe.sft.num_micro_batches
     _check_shards('rows of an sft micro-batch', micro, shards)
+  if recipe.preference.num_steps:
+    choices = recipe.preference
+    micro = choices.batch_size // choices.num_micro_batches
+    _check_shards('units of a preference micro-batch', micro, shards)
 
 
 def _check_online(recipe: Recipe, shards: int) -> None:
@@ -84,11 +91,15 @@ def check_lengths(
 ) -> None:
   """Refuse sequences longer than the ``max_length`` positions of the model."""
   longest = {}
-  if recipe.rl.num_iterations or recipe.evaluation.every:
+  samples = recipe.preference.learns == 'policy'
+  if recipe.rl.num_iterations or (recipe.evaluation.every and samples):
     length = environment.prompt_length + recipe.sampling.max_new_tokens
     longest['a prompt with sampling.max_new_tokens'] = length
   if recipe.sft.num_steps:
     longest['a demonstration'] = environment.demonstration_length
+  if recipe.preference.num_steps:
+    length = comparisons(recipe, environment).length
+    longest['a completion of the preferences'] = length
   for name, length in longest.items():
     if max_length is not None and length > max_length:
       raise ValueError(

@@ -55,7 +55,7 @@ class Collector:
     for attempt in range(recipe.rollouts):
       number = iteration * recipe.rollouts + attempt
       parts.append(sampled(params, number, report))
-      workdir.die_at('in_rollout', recipe.sft.num_steps + iteration)
+      workdir.die_at('in_rollout', recipe.num_offline_steps + iteration)
       total = weighted_sum(parts[-1][2], self.environment.weights)
       flags.append(self.programs.informative(total.reshape(num_prompts, -1)))
       if not recipe.filter.informative_only:

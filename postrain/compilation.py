@@ -29,6 +29,7 @@ REMEDIES = {
   'update': ('a larger rl.num_micro_batches', REMAT, 'mesh.fsdp'),
   'imitate': ('a larger sft.num_micro_batches', REMAT, 'mesh.fsdp'),
   'move_reference': WHOLE,
+  'prefer': ('a larger preference.num_micro_batches', REMAT, 'mesh.fsdp'),
   'begin': WHOLE,
 }
 SMALL = ('a smaller rl.num_prompts',)

@@ -26,7 +26,7 @@ def make_stop(recipe: Recipe) -> Callable[..., Any] | None:
   num_updates = recipe.rl.num_epochs * recipe.rl.num_minibatches
 
   def stop(state: Any, metrics: Metrics) -> Any:
-    first = (state.step - recipe.sft.num_steps) % num_updates == 0
+    first = (state.step - recipe.num_offline_steps) % num_updates == 0
     over = value(metrics['policy/old_k1']) > 1.5 * limit
     return over | (state.stopped & ~first)
 

@@ -109,10 +109,11 @@ def _check(
 
 def _check_choices(recipe: Recipe) -> None:
   """Refuse what one program cannot do."""
-  if recipe.sft.num_steps or recipe.filter.informative_only:
+  if recipe.num_offline_steps or recipe.filter.informative_only:
     raise ValueError(
-      'the device loop has neither supervised steps nor dynamic sampling: set'
-      ' sft.num_steps=0 and filter.informative_only=False, or use the trainer'
+      'the device loop has neither supervised steps nor dynamic sampling nor'
+      ' preferences: set sft.num_steps=0, preference.num_steps=0 and'
+      ' filter.informative_only=False, or use the trainer'
     )
   if recipe.sampling.num_slots is not None:
     raise ValueError(

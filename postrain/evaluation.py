@@ -13,6 +13,7 @@ __all__ = [
   'best_of_n',
   'best_of_n_kl',
   'bootstrap_interval',
+  'calibration_error',
   'entropy_fit',
   'majority',
   'mean_interval',
@@ -298,6 +299,45 @@ def bootstrap_interval(
   tail = (1 - confidence) / 2
   low, high = np.quantile(means, [tail, 1 - tail])
   return float(values.mean()), float(low), float(high)
+
+
+def calibration_error(
+  chances: Float[np.ndarray, ' N'],
+  outcomes: Float[np.ndarray, ' N'],
+  *,
+  num_bins: int = 15,
+) -> float:
+  """How far stated chances are from what happens: the ECE.
+
+  Σ_b (n_b / N) |mean outcome of b − mean chance of b|,  b of equal width
+
+  Of preferences take the side that a model is for: chances σ(|m|) of a margin
+  m, outcomes 1 where m > 0 and ½ where it is 0. The chosen always comes first:
+  with σ(m) and outcomes of 1 it would be the mean error.
+
+  Args:
+    chances: in [0, 1].
+    outcomes: what happened, in [0, 1].
+    num_bins: of [0, 1].
+
+  Raises:
+    ValueError: nothing, or a number is out of its range.
+
+  References:
+    Naeini et al. 2015, Obtaining Well Calibrated Probabilities Using Bayesian
+    Binning; Guo et al. 2017, On Calibration of Modern Neural Networks,
+    arXiv:1706.04599.
+  """
+  if num_bins < 1 or not len(chances):
+    raise ValueError(
+      f'num_bins={num_bins} of {len(chances)} chances: there must be at least 1'
+    )
+  for name, values in (('chances', chances), ('outcomes', outcomes)):
+    if not ((values >= 0) & (values <= 1)).all():
+      raise ValueError(f'{name}={values!r:.80}: they must be in [0, 1]')
+  bins = np.minimum((chances * num_bins).astype(int), num_bins - 1)
+  gaps = np.bincount(bins, weights=outcomes - chances, minlength=num_bins)
+  return float(np.abs(gaps).sum() / len(chances))
 
 
 def _check_count(values: np.ndarray) -> None:

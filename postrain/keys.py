@@ -13,6 +13,8 @@ PURPOSES = (
   'minibatches',
   'selection',
   'critic',
+  'preferences',
+  'held_out_preferences',
 )
 
 

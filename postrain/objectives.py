@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from postrain.batches import call_by_name
 from postrain.dtypes import promoted
@@ -211,14 +211,7 @@ def preference(
     logprobs, *_ = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False
     )
-    arrays = _pair_arrays('', logprobs, batch.mask)
-    lengths = batch.mask.sum(-1).reshape(-1, 2)
-    arrays |= {
-      'chosen_lengths': lengths[:, 0],
-      'rejected_lengths': lengths[:, 1],
-    }
-    if 'ref_logprobs' in batch.arrays:
-      arrays |= _pair_arrays('ref_', batch.arrays['ref_logprobs'], batch.mask)
+    arrays = pair_arrays(logprobs, batch)
     values, figures = call_by_name(loss, arrays)
     weights = batch.weights['preference'].reshape(-1, 2)[:, 0]
     total = jnp.sum(weights * values)
@@ -226,13 +219,27 @@ def preference(
       likely = jnp.sum(batch.weights['sft'] * logprobs)
       total -= sft_coef * likely
     metrics: Metrics = {'loss': Sum(jax.lax.stop_gradient(total))}
-    full = lengths.any(-1)
+    full = batch.mask.any(-1).reshape(-1, 2).any(-1)
     metrics |= {
       f'preference/{k}': masked_mean(v, full) for k, v in figures.items()
     }
     return total, metrics
 
   return objective
+
+
+def pair_arrays(
+  logprobs: Float[Array, 'B T'], batch: Batch
+) -> dict[str, Array]:
+  """What losses of pairs ask for: sums of log-probs, and lengths."""
+  lengths = batch.mask.sum(-1).reshape(-1, 2)
+  arrays = _pair_sums('', logprobs, batch.mask) | {
+    'chosen_lengths': lengths[:, 0],
+    'rejected_lengths': lengths[:, 1],
+  }
+  if 'ref_logprobs' in batch.arrays:
+    arrays |= _pair_sums('ref_', batch.arrays['ref_logprobs'], batch.mask)
+  return arrays
 
 
 def unpaired(
@@ -267,7 +274,7 @@ def unpaired(
   return objective
 
 
-def _pair_arrays(
+def _pair_sums(
   prefix: str, logprobs: Array, mask: Bool[Array, 'B T']
 ) -> dict[str, Array]:
   sums = jnp.where(mask, logprobs, 0).sum(-1).reshape(-1, 2)

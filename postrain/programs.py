@@ -12,11 +12,13 @@ import numpy as np
 from postrain import sharding
 from postrain.algorithm import Algorithm
 from postrain.batches import minibatch_rows
-from postrain.environments import Environment
+from postrain.environments import Environment, Units
 from postrain.evaluator import Evaluator
+from postrain.judging import Judging
 from postrain.keys import minibatch_key, run_key
 from postrain.masks import informative_groups
 from postrain.packing import layouts, real_tokens, with_slots
+from postrain.preferring import Preferring, comparisons
 from postrain.recipe import Recipe
 from postrain.shapes import Shapes
 from postrain.states import States
@@ -70,6 +72,9 @@ class Programs:
       donate_argnums=0,
       out_shardings=(supervised, same),
     )
+    self.jit_prefer, self.judging = None, None
+    if algorithm.preferring is not None:
+      self._make_preferring(algorithm.preferring)
     self.move_reference = algorithm.move_reference
     if recipe.reference.update != 'frozen':
       self.move_reference = jax.jit(
@@ -84,6 +89,18 @@ class Programs:
     )
     self.merge = jax.jit(_merge)
 
+  def _make_preferring(self, preferring: Preferring) -> None:
+    mesh, recipe = self.states.mesh, self.recipe
+    changed, _ = apart(sharding.of(self.shapes.preferring))
+    self.jit_prefer: Any = jax.jit(
+      preferring.prefer,
+      donate_argnums=0,
+      out_shardings=(changed, sharding.replicated(mesh)),
+    )
+    held_out = comparisons(recipe, self.environment).held_out
+    if recipe.evaluation.every and held_out is not None:
+      self.judging: Judging | None = Judging(recipe, preferring, held_out)
+
   # Of the three that may be packed: arrays of the host in, which are placed.
 
   def imitate(
@@ -96,6 +113,14 @@ class Programs:
       arrays = tuple(np.pad(x, widths) for x in arrays)
       packing = layout.pack(arrays[1])
     return self.jit_imitate(state, *self._put((*arrays, packing)))
+
+  def prefer(
+    self, state: TrainState, units: Units
+  ) -> tuple[TrainState, Metrics]:
+    """That of `postrain.preferring.Preferring`; the state is donated."""
+    state, reference = apart(state)
+    state, figures = self.jit_prefer(state, reference, *self._put(units))
+    return dataclasses.replace(state, ref_params=reference), figures
 
   def prepare(
     self, params: dict[str, Params], ref_params: Params | None, prompts: Any,

@@ -65,6 +65,12 @@ def _check_ranges(recipe: Recipe) -> None:
     _check_divides(
       'sft.num_micro_batches', sft.num_micro_batches, sft.batch_size
     )
+  preference = recipe.preference
+  if preference.batch_size % preference.num_micro_batches:
+    raise ValueError(
+      f'preference.num_micro_batches={preference.num_micro_batches} does not'
+      f' divide preference.batch_size={preference.batch_size}: take a divisor'
+    )
   if _is_number(sampling.temperature) and sampling.temperature <= 0:
     raise ValueError(
       f'sampling.temperature={sampling.temperature}: it must be positive'
@@ -138,6 +144,7 @@ def _check_positive(recipe: Recipe) -> None:
     raise ValueError(f'seed={recipe.seed}: it must be at least 0')
   zero_is_fine = {
     'sft': ('num_steps',),
+    'preference': ('num_steps',),
     'sampling': ('num_halvings',),
     'rl': ('num_iterations',),
     'evaluation': ('every', 'num_samples'),
@@ -150,6 +157,7 @@ def _check_positive(recipe: Recipe) -> None:
       'num_score_slices',
     ),
     'sft': ('batch_size', 'num_micro_batches'),
+    'preference': ('batch_size', 'num_micro_batches'),
     'checkpoint': ('every', 'keep'),
     'filter': ('max_rollouts',),
     'reference': ('every',),
@@ -164,12 +172,23 @@ def _check_positive(recipe: Recipe) -> None:
           raise ValueError(
             f'{block}.{field}={value}: it must be at least {least}'
           )
+  _check_present(recipe)
+  if recipe.num_steps < 1:
+    raise ValueError(
+      'sft.num_steps + preference.num_steps + rl.num_iterations = 0: nothing to'
+      ' run'
+    )
+
+
+def _check_present(recipe: Recipe) -> None:
+  """Hold counts that may be None against 1."""
   for field, value in (
     ('chunk_size', recipe.chunk_size),
     ('num_row_buckets', recipe.num_row_buckets),
     ('sft.row_length', recipe.sft.row_length),
     ('rl.row_length', recipe.rl.row_length),
     ('sft.num_examples', recipe.sft.num_examples),
+    ('preference.num_examples', recipe.preference.num_examples),
     ('machine.memory_limit', recipe.machine.memory_limit),
     ('sampling.top_k', recipe.sampling.top_k),
     ('sampling.num_slots', recipe.sampling.num_slots),
@@ -177,8 +196,6 @@ def _check_positive(recipe: Recipe) -> None:
   ):
     if value is not None and value < 1:
       raise ValueError(f'{field}={value}: it must be at least 1')
-  if recipe.num_steps < 1:
-    raise ValueError('sft.num_steps + rl.num_iterations = 0: nothing to run')
 
 
 def _check_divides(field: str, parts: int, whole: int) -> None:

@@ -12,6 +12,7 @@ from postrain import sharding
 from postrain.adapted import trainable
 from postrain.compilation import EXAMS, REMEDIES, SMALL, Program
 from postrain.judges import Judge
+from postrain.preferring import comparisons
 from postrain.programs import Programs, apart
 from postrain.types import Samples, TrainState
 
@@ -34,6 +35,9 @@ class Rehearsal:
     """
     if self.recipe.sft.num_steps:
       self._supervised(self.environment.demonstration_length)
+    if self.recipe.preference.num_steps:
+      units = comparisons(self.recipe, self.environment)
+      self._preferring(units.length)
     if self.recipe.rl.num_iterations:
       self._learning(self.environment.prompt_length)
       self._drawing(self.environment.prompt_length)
@@ -42,9 +46,10 @@ class Rehearsal:
     """What steps from ``start`` on will call, the slowest to compile first."""
     recipe, environment = self.recipe, self.environment
     supervised, iterations = recipe.sft.num_steps, recipe.rl.num_iterations
+    offline = recipe.num_offline_steps
     found: list[Program] = []
     if iterations:
-      first = max(start - supervised, 0) * recipe.rollouts
+      first = max(start - offline, 0) * recipe.rollouts
       longest = {environment.prompt_length}
       lengths = longest
       if self.programs.extend is None:
@@ -55,8 +60,12 @@ class Rehearsal:
       found += _longest_first(self._learning, learnt)
       found += self._small(found[0], found[-1])
       found += _longest_first(self._drawing, lengths)
-      if start <= supervised:
+      if start <= offline:
         found.append(self._beginning())
+    if start < offline:
+      found += self._preferred(max(start - supervised, 0))
+      if start <= supervised < offline:
+        found.append(self._beginning_preference())
     if start < supervised:
       lengths = {environment.demonstration_length}
       if 'imitate' not in self.programs.layouts:
@@ -151,6 +160,25 @@ class Rehearsal:
       found += [self._program('move_reference', traced, state, moved)]
     return found
 
+  def _preferred(self, start: int) -> list[Program]:
+    """Steps on preferences from number ``start`` of them on."""
+    choices = self.recipe.preference
+    if not choices.num_steps:
+      return []
+    steps = range(start, choices.num_steps)
+    lengths = comparisons(self.recipe, self.environment).lengths(
+      steps, choices.batch_size, choices.num_examples
+    )
+    return _longest_first(self._preferring, lengths)
+
+  def _preferring(self, length: int) -> list[Program]:
+    state = self.shapes.preferring
+    units = comparisons(self.recipe, self.environment)
+    arrays = self.shapes.preferences(units, length)
+    changed, reference = apart(state)
+    traced = self.programs.jit_prefer.trace(changed, reference, *arrays)
+    return [self._program(f'prefer[{length}]', traced, state, state)]
+
   def _beginning(self) -> Program:
     state = self.shapes.states[0]
     params, given = trainable(state.params), None
@@ -158,7 +186,15 @@ class Rehearsal:
     network = self.programs.states.algorithm.critic
     if network is not None and network.read is not None:
       given = critic
-    traced = self.programs.states.begin.trace(params, given)
+    return self._begun(state, self.programs.states.begin.trace(params, given))
+
+  def _beginning_preference(self) -> Program:
+    state, states = self.shapes.preferring, self.programs.states
+    return self._begun(
+      state, states.begin_preference.trace(trainable(state.params))
+    )
+
+  def _begun(self, state: TrainState, traced: Any) -> Program:
     made = (state.opt_state, state.ref_params, trainable(state.params))
     return self._program('begin', traced, state, made)
 
@@ -176,10 +212,17 @@ class Rehearsal:
     ]
 
   def _exams(self) -> list[Program]:
+    found: list[Program] = []
+    if self.programs.judging is not None:
+      state = self.shapes.preferring
+      traced = self.programs.judging.traced(state)
+      found += [self._program('evaluate pairs', traced, state, state, EXAMS)]
+    if self.recipe.preference.learns == 'reward_model':
+      return found
     # The stage with a reference is the one that has less room.
     state = self.shapes.states[not self.recipe.rl.num_iterations]
     exams = self.programs.evaluator.traced(state.params, self.shapes.key)
-    return [
+    return found + [
       self._program(f'evaluate {name}', traced, state, state.params, EXAMS)
       for name, traced in exams
     ]

@@ -26,6 +26,25 @@ class Supervised:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference:
+  """The offline part: ``num_steps`` steps on what people preferred.
+
+  Its reference is the policy at its start.
+  """
+
+  num_steps: int
+  batch_size: int  # units: pairs, rankings or single completions
+  num_examples: int | None  # distinct units; None for all there are
+  num_micro_batches: int
+  learns: typing.Literal['policy', 'reward_model']
+  data: typing.Literal['pairs', 'rankings', 'unpaired']
+  loss: Block
+  sft_coef: Scalar | None  # of the likelihood of the chosen, a mean over tokens
+  centering_coef: Scalar | None  # of `losses.score_centering`, for scores
+  optimizer: Block
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Reinforcement:
   """The online part: ``num_iterations`` rollouts and their updates."""
 
@@ -185,6 +204,7 @@ class Recipe:
   routing: Routing
   filter: Filter
   sft: Supervised
+  preference: Preference
   rl: Reinforcement
   evaluation: Evaluation
   logging: Logging
@@ -201,8 +221,13 @@ class Recipe:
 
   @property
   def num_steps(self) -> int:
-    """Steps of the run: supervised ones, then rollout iterations."""
-    return self.sft.num_steps + self.rl.num_iterations
+    """Steps of the run: offline ones, then rollout iterations."""
+    return self.num_offline_steps + self.rl.num_iterations
+
+  @property
+  def num_offline_steps(self) -> int:
+    """Steps without rollouts: supervised ones, then those on preferences."""
+    return self.sft.num_steps + self.preference.num_steps
 
   @property
   def rollouts(self) -> int:

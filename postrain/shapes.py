@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain import sharding
+from postrain.environments import Comparisons
 from postrain.packing import Layout
 from postrain.recipe import Recipe
 from postrain.states import States
@@ -29,9 +30,14 @@ class Shapes:
 
   @functools.cached_property
   def states(self) -> tuple[TrainState, TrainState]:
-    """Those of the two stages, the online one first."""
-    supervised = self._recipe.sft.num_steps
-    return self._states.abstract(supervised + 1), self._states.abstract(1)
+    """Those of the online stage and of the first step."""
+    online = self._recipe.num_offline_steps + 1
+    return self._states.abstract(online), self._states.abstract(1)
+
+  @functools.cached_property
+  def preferring(self) -> TrainState:
+    """That of the stage on preferences."""
+    return self._states.abstract(self._recipe.sft.num_steps + 1)
 
   def prompts(self, num_prompts: int, slots: int) -> tuple[Any, ...]:
     """What a sampler takes beside parameters: prompts, mask, key, ids."""
@@ -47,6 +53,21 @@ class Shapes:
     return self.rows(
       tuple(jax.ShapeDtypeStruct(shape, d) for d in (jnp.int32, bool, bool))
     )
+
+  def preferences(
+    self, comparisons: Comparisons, length: int
+  ) -> tuple[Any, ...]:
+    """Those of a step: tokens, which are real, which count, and arrays."""
+    num_rows = self._recipe.preference.batch_size * comparisons.unit_size
+    tokens, valid, mask = (
+      jax.ShapeDtypeStruct((num_rows, length), d)
+      for d in (jnp.int32, bool, bool)
+    )
+    arrays = {
+      name: jax.ShapeDtypeStruct((num_rows,), dtype)
+      for name, dtype in comparisons.dtypes.items()
+    }
+    return self.rows((tokens, valid, mask, arrays))
 
   def packings(self, program: str) -> dict[str, Any]:
     """The packings that a program may meet, by name, the largest first."""

@@ -1,4 +1,4 @@
-"""The state of a run: fresh, of its second stage, and as shapes to restore."""
+"""The state of a run: fresh, of its next stage, and as shapes to restore."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ class States:
 
   A frozen base is in ``params`` alone: the reference shares it.
 
-  The supervised stage and the online one have optimisers of their own, so the
-  structure of a state follows from the number of steps done.
+  Each stage has an optimiser of its own, so the structure of a state follows
+  from the number of steps done.
   """
 
   def __init__(
@@ -38,24 +38,27 @@ class States:
     key = run_key(self.recipe.seed, 'init')
     params = {'actor': self.actor.init(key, shardings['actor'])}
     if not self.recipe.sft.num_steps:
-      return self.begin_reinforcement(params)
+      return self.begin_next(params, 0)
     optimizer = self.algorithm.sft_optimizer
     placed = self._opt_state_shardings(optimizer, params)
     init = jax.jit(optimizer.init, out_shardings=placed)
     return TrainState(self._counter(0), params, init(trainable(params)))
 
-  def begin_reinforcement(self, params: dict[str, Params]) -> TrainState:
+  def begin_next(self, params: dict[str, Params], step: int) -> TrainState:
     """A new optimiser, and the policy of this moment as the reference."""
+    if not self._online(step + 1):
+      opt_state, reference = self.begin_preference(trainable(params))
+      return TrainState(self._counter(step), params, opt_state, reference)
     critic, given = self.algorithm.critic, None
     if critic is not None and critic.read is not None:
       given = critic.read(self._param_shardings()['critic'])
     opt_state, reference, begun = self.begin(trainable(params), given)
     if critic is not None:
       params = {**params, 'critic': begun if given is None else given}
-    step = self._counter(self.recipe.sft.num_steps)
     place = sharding.replicated(self.mesh)
     moving = jax.device_put(self._moving, place)
-    return TrainState(step, params, opt_state, reference, **moving)
+    counter = self._counter(step)
+    return TrainState(counter, params, opt_state, reference, **moving)
 
   @property
   def _moving(self) -> dict[str, Any]:
@@ -67,6 +70,20 @@ class States:
     if self.recipe.rl.kl_stop is not None:
       moving['stopped'] = np.bool_(False)
     return moving
+
+  @functools.cached_property
+  def begin_preference(self) -> Any:
+    """Jitted: trained parameters -> (optimiser's state, reference)."""
+    step = self.recipe.sft.num_steps + 1
+    optimizer, keeps = self._optimizer(step), self._keeps_reference(step)
+
+    def begin(params: Any) -> tuple[Any, Params | None]:
+      reference = jax.tree.map(jnp.copy, params['actor']) if keeps else None
+      return optimizer.init(params), reference
+
+    state = self.abstract(step)
+    placed = sharding.of((state.opt_state, state.ref_params))
+    return jax.jit(begin, out_shardings=placed)
 
   @functools.cached_property
   def begin(self) -> Any:
@@ -88,30 +105,49 @@ class States:
         params = {**params, 'critic': begun if given is None else given}
       return algorithm.rl_optimizer.init(params), reference, begun
 
-    state = self.abstract(self.recipe.sft.num_steps + 1)
+    state = self.abstract(self.recipe.num_offline_steps + 1)
     made = None
     if critic is not None and critic.begin is not None:
       made = state.params['critic']
     placed = sharding.of((state.opt_state, state.ref_params, made))
     return jax.jit(begin, out_shardings=placed)
 
+  # What stage the state after so many steps is of.
+
+  def _online(self, step: int) -> bool:
+    return not 0 < step <= self.recipe.num_offline_steps
+
+  def _supervised(self, step: int) -> bool:
+    return 0 < step <= self.recipe.sft.num_steps
+
+  def _optimizer(self, step: int) -> Any:
+    algorithm: Any = self.algorithm
+    if self._supervised(step):
+      return algorithm.sft_optimizer
+    if self._online(step):
+      return algorithm.rl_optimizer
+    return algorithm.preferring.optimizer  # there is one: it has steps
+
+  def _keeps_reference(self, step: int) -> bool:
+    if self._supervised(step):
+      return False
+    if self._online(step):
+      return self.algorithm.uses_reference
+    preferring = self.algorithm.preferring
+    return preferring is not None and preferring.uses_reference
+
   def _counter(self, step: int) -> jax.Array:
     return jax.device_put(np.int32(step), sharding.replicated(self.mesh))
 
   def abstract(self, step: int) -> TrainState:
     """Shapes, dtypes and shardings of the state after ``step`` steps."""
-    supervised = 0 < step <= self.recipe.sft.num_steps
-    models = self._models
-    if supervised:
+    online, models = self._online(step), self._models
+    if not online:
       models = {'actor': models['actor']}
     shapes = {role: model.shapes for role, model in models.items()}
     shardings = self._param_shardings()
     params = sharding.abstract(shapes, {k: shardings[k] for k in shapes})
-    optimizer = (
-      self.algorithm.sft_optimizer
-      if supervised
-      else self.algorithm.rl_optimizer
-    )
+    optimizer = self._optimizer(step)
     opt_state = sharding.abstract(
       jax.eval_shape(optimizer.init, trainable(params)),
       self._opt_state_shardings(optimizer, params),
@@ -121,11 +157,11 @@ class States:
     def number(x: Any) -> Any:
       return jax.ShapeDtypeStruct((), x.dtype, sharding=place)
 
-    moving = {} if supervised else jax.tree.map(number, self._moving)
+    moving = jax.tree.map(number, self._moving) if online else {}
     reference = None
-    if self.algorithm.uses_reference and not supervised:
+    if self._keeps_reference(step):
       reference = trainable(params['actor'])
-      if self.recipe.reference.memory == 'host':
+      if online and self.recipe.reference.memory == 'host':
         reference = sharding.in_host(reference)
     return TrainState(
       step=number(np.int32(0)),
@@ -137,7 +173,7 @@ class States:
 
   def stored(self, step: int) -> TrainState:
     """What a checkpoint holds: `abstract`, and completions under way."""
-    begun = self.recipe.sft.num_steps < step < self.recipe.num_steps
+    begun = self.recipe.num_offline_steps < step < self.recipe.num_steps
     carried = self.carried if begun else None
     return dataclasses.replace(self.abstract(step), carried=carried)
 

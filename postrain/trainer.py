@@ -19,6 +19,7 @@ from postrain.compilation import compiling
 from postrain.critics import check_vocabulary
 from postrain.evaluator import Evaluator
 from postrain.judges import make_environment
+from postrain.preferring import comparisons
 from postrain.programs import Programs
 from postrain.recipe import make_recipe, plain
 from postrain.rehearsal import Rehearsal
@@ -40,9 +41,9 @@ Tell = Callable[[], tuple]  # what `Report.write` takes beside the step
 class Trainer:
   """Assemble a config and run it.
 
-  A run is a fold over steps: supervised ones, then rollout iterations. Each is
-  a pure function of (config, step, state), so a run killed anywhere and started
-  again ends with the same bits.
+  A run is a fold over steps: supervised ones, those on preferences, then
+  rollout iterations. Each is a pure function of (config, step, state), so a run
+  killed anywhere and started again ends with the same bits.
 
   Args:
     config: a ConfigDict or dict; see `postrain.recipe.Recipe`.
@@ -71,6 +72,7 @@ class Trainer:
       self.actor.model,
       pad_id=self.environment.pad_id,
       stop_ids=self.environment.stop_ids,
+      prompt_length=self.environment.prompt_length,
     )
     check_assembly(recipe, self.environment, self.actor.model)
     check_lengths(recipe, self.environment, self.actor.max_length)
@@ -158,17 +160,19 @@ class Trainer:
 
   def _step(self, state: TrainState, step: int, report: Report) -> TrainState:
     recipe, figures = self.recipe, {}
-    if step == recipe.sft.num_steps and step:
-      state = self._states.begin_reinforcement(state.params)
+    supervised, offline = recipe.sft.num_steps, recipe.num_offline_steps
+    if step and step in (supervised, offline):
+      state = self._states.begin_next(state.params, step)
     every = recipe.evaluation.every
-    if every and (step % every == 0 or step == recipe.sft.num_steps):
+    if every and (step % every == 0 or step in (supervised, offline)):
       report.flush()
-      figures = self._evaluate(state, report)
-    if step < recipe.sft.num_steps:
+      figures = self._evaluate(state, step, report)
+    if step < supervised:
       state, tell = self._supervise(state, step, report)
+    elif step < offline:
+      state, tell = self._prefer(state, step - supervised, report)
     else:
-      iteration = step - recipe.sft.num_steps
-      state, tell = self._reinforce(state, iteration, report)
+      state, tell = self._reinforce(state, step - offline, report)
 
     def all_of_it() -> tuple:
       more, *rest = tell()
@@ -180,10 +184,25 @@ class Trainer:
   def _supervise(
     self, state: TrainState, step: int, report: Report
   ) -> tuple[TrainState, Tell]:
-    choices, timer = self.recipe.sft, report.timer
+    choices = self.recipe.sft
     draw: Any = self.environment.demonstrations  # some, says check_assembly
     arrays = draw(step, choices.batch_size, choices.num_examples)
-    state, figures = self._programs.imitate(state, *arrays)
+    return self._offline(*self._programs.imitate(state, *arrays), report)
+
+  def _prefer(
+    self, state: TrainState, step: int, report: Report
+  ) -> tuple[TrainState, Tell]:
+    choices = self.recipe.preference
+    units = comparisons(self.recipe, self.environment).units(
+      step, choices.batch_size, choices.num_examples
+    )
+    return self._offline(*self._programs.prefer(state, units), report)
+
+  def _offline(
+    self, state: TrainState, figures: Metrics, report: Report
+  ) -> tuple[TrainState, Tell]:
+    """What a step without a rollout has to tell."""
+    timer = report.timer
     send(figures)
     report.flush()
     started = timer.add('update')
@@ -261,15 +280,25 @@ class Trainer:
 
   # Evaluation and the end.
 
-  def _evaluate(self, state: TrainState, report: Report) -> dict[str, float]:
+  def _evaluate(
+    self, state: TrainState, step: int, report: Report
+  ) -> dict[str, float]:
+    recipe, judging = self.recipe, self._programs.judging
+    first, offline = recipe.sft.num_steps, recipe.num_offline_steps
+    figures = {}
     with report.timer.span('evaluate'):
-      return self._evaluator(state.params)
+      if recipe.preference.learns == 'policy':
+        figures |= self._evaluator(state.params)
+      ends = step == offline == recipe.num_steps
+      if judging is not None and (first <= step < offline or ends):
+        figures |= judging(state)
+    return figures
 
   def _finish(self, state: TrainState, report: Report) -> None:
     """Evaluate, export, draw; then say that the run is finished."""
     step = self.recipe.num_steps
     if self.recipe.evaluation.every:
-      report.write(step, self._evaluate(state, report))
+      report.write(step, self._evaluate(state, step, report))
     workdir.die_at('before_export', step)
     if self.recipe.checkpoint.export and self.actor.export is not None:
       self.actor.export(self.path('export'), state.params['actor'])

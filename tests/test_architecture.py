@@ -35,8 +35,9 @@ LAYERS = (
     *('compilation', 'control', 'critics', 'judges'),
     *('device_loop', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
-    *('packing', 'pipeline', 'preparation', 'recipe', 'rehearsal'),
-    *('schema', 'shapes', 'states'),
+    'judging',
+    *('packing', 'pipeline', 'preferring', 'preparation', 'recipe'),
+    *('rehearsal', 'schema', 'shapes', 'states'),
     *('streaming', 'trainer'),
   },
 )

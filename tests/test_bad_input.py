@@ -189,6 +189,76 @@ FIELDS = [
   ('arithmetic', {'model.attention': 'flash'}, "attention='flash': use one of"),
   ('arithmetic', {'model.attention': 'cudnn'}, 'needs an NVIDIA GPU .* not cp'),
   ('arithmetic', {'model.max_length': 6}, 'up to 7 tokens, the model 6'),
+  ('sort', {'preference.num_steps': 1}, "'task' has no preferences: take a ta"),
+  ('text', {'preference.num_steps': 1}, "'text' has no preferences: .*name th"),
+  *(
+    ('preference', {f'preference.{field}': value}, message)
+    for field, value, message in (
+      ('num_steps', -1, 'preference.num_steps=-1: it must be at least 0'),
+      ('num_steps', 0, 'nothing to run'),
+      ('batch_size', 0, 'preference.batch_size=0'),
+      ('num_examples', 0, 'preference.num_examples=0'),
+      ('num_micro_batches', 3, 'not divide preference.batch_size=4'),
+      ('learns', 'critic', "learns='critic'"),
+      ('data', 'triples', "data='triples'"),
+      ('data', 'rankings', "'policy' and .data='rankings': a policy learns"),
+      ('data', 'unpaired', "'dpo' asks for chosen.* it fits 'policy' and 'pa"),
+      ('learns', 'reward_model', "'dpo' asks for .*ref_chosen, ref_rejected"),
+      ('loss.name', 'simpoo', "did you mean 'simpo'"),
+      ('loss', {'name': 'kto'}, "'kto' asks .* it fits 'policy' and 'unpair"),
+      ('loss', {'name': 'bradley_terry'}, "it fits 'reward_model' and 'pairs'"),
+      ('loss', {'name': 'ppo_clip'}, "'ppo_clip' asks .* it fits neither"),
+      ('centering_coef', 0.1, 'centering_coef=0.1 .* scores of pairs'),
+      ('optimizer.name', 'adan', "did you mean 'adam'"),
+    )
+  ),
+  (
+    'preference',
+    {'preference.loss': {'name': 'aot'}, 'preference.num_micro_batches': 2},
+    "num_micro_batches=2 with loss 'aot'",
+  ),
+  (
+    'preference',
+    {
+      'preference.loss': {'name': 'kto'},
+      'preference.data': 'unpaired',
+      'preference.batch_size': 1,
+    },
+    "batch_size=1 with loss 'kto'",
+  ),
+  (
+    'preference',
+    {
+      'preference.learns': 'reward_model',
+      'preference.loss': {'name': 'bradley_terry'},
+    },
+    'gives 5 numbers a position: set model.head=',
+  ),
+  (
+    'preference',
+    {'model.head': 'sequence_labels', 'model.num_labels': 1},
+    "learns='policy', but the model gives 1 numbers a position, not 5",
+  ),
+  ('preference', {'mesh.data': 8}, 'preference micro-batch: 4 do not divide'),
+  ('scores', {'model.max_length': 4}, 'the preferences has up to 5 tokens'),
+  ('preference', {'environment.rater': {'scale': 0.0}}, 'scale=0.0: choose it'),
+  ('preference', {'environment.rater': {'scal': 1.0}}, "mean 'scale'"),
+  (
+    'preference',
+    {'environment.num_completions': 1},
+    'num_completions=1: a ranking has at least 2',
+  ),
+  *(
+    ('scores', {path: value}, f"{path}={value!r} with preference.learns='rew")
+    for path, value in (('sft.num_steps', 1), ('rl.num_iterations', 1))
+  ),
+  ('scores', {'preference.sft_coef': 0.1}, 'sft_coef=0.1 .* policy on pairs'),
+  ('scores', {'model.num_labels': 0}, 'num_labels=0 of head='),
+  (
+    'scores',
+    {'model.lora': {'rank': 1, 'alpha': 1, 'targets': 'layers/query'}},
+    "model.lora of a model with head='sequence_labels'",
+  ),
   ('text', {'environment.train': 'no.jsonl'}, 'no.jsonl is no file'),
   ('text', {'environment.prompt': 'query'}, "has no field 'query'"),
   ('text', {'environment.max_prompt_length': 3}, 'prompt has 4 tokens, max_le'),

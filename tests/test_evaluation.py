@@ -126,3 +126,24 @@ def test_m76_pass_at_k_grows_with_k_and_with_success(n, data):
   assert curve[0] == pytest.approx(c / n, abs=1e-12)
   assert all(a <= b + 1e-12 for a, b in itertools.pairwise(curve))
   assert curve[-1] == (1.0 if c else 0.0)
+
+
+def test_calibration_error_is_its_loop_and_what_it_says():
+  draw = np.random.default_rng(0)
+  chances = np.append(draw.random(500), [0.0, 1.0])
+  outcomes = (draw.random(502) < chances**2).astype(float)
+  loop = 0.0
+  for b in range(15):
+    rows = [i for i, p in enumerate(chances) if min(int(p * 15), 14) == b]
+    gap = sum(outcomes[i] - chances[i] for i in rows)
+    loop += abs(gap) / len(chances)
+  found = evaluation.calibration_error(chances, outcomes)
+  assert found == pytest.approx(loop, abs=1e-12)
+  half = np.full(4, 0.5)
+  assert evaluation.calibration_error(half, np.array([1.0, 0, 0, 1])) == 0
+  assert evaluation.calibration_error(half, np.ones(4)) == 0.5
+  for bad in (half + 1, half * np.nan):
+    with pytest.raises(ValueError, match=r'chances=.* must be in \[0, 1\]'):
+      evaluation.calibration_error(bad, half)
+  with pytest.raises(ValueError, match='num_bins=0'):
+    evaluation.calibration_error(half, half, num_bins=0)

@@ -12,8 +12,9 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from configs import base
+from configs import base, preferences
 
+LABELS = ('head', 'num_labels')
 ROOT = pathlib.Path(__file__).parents[1]
 
 compilations: list[str] = []
@@ -93,6 +94,25 @@ def arithmetic() -> ConfigDict:
     num_samples=2, ks=(1, 2),
   )  # fmt: skip
   return config
+
+
+def preference(name: str = 'dpo') -> ConfigDict:
+  """Two steps of a method on preferences, by a transformer of one layer."""
+  config = preferences.get_config(name)
+  scores = {k: config.model[k] for k in LABELS if k in config.model}
+  config.model = {**transformer(), **scores}
+  config.environment.task.update(num_words=3, completion_length=3)
+  config.environment.num_completions = 3
+  config.sampling.max_new_tokens = 3
+  config.preference.update(num_steps=2, batch_size=4, num_examples=8)
+  config.preference.optimizer = dict(name='sgd', learning_rate=1e-3)
+  config.evaluation.update(every=2, num_prompts=6, batch_size=4)
+  return config
+
+
+def scores() -> ConfigDict:
+  """A reward model of pairs."""
+  return preference('bradley_terry')
 
 
 def text(folder: pathlib.Path) -> ConfigDict:

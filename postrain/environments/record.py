@@ -4,11 +4,59 @@ from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from postrain.types import Prompts, Samples, Task
+
+
+class Units(NamedTuple):
+  """Preferences as rows: units of two (the chosen first), of K, or of one.
+
+  Attributes:
+    tokens: [B T], prompt and completion.
+    valid: [B T], which are real.
+    mask: [B T], those of the completion.
+    arrays: what is known of each row, by vocabulary name: ``margins`` of pairs,
+      ``ranks`` of rankings, ``desirable`` of single completions.
+  """
+
+  tokens: Any
+  valid: Any
+  mask: Any
+  arrays: dict[str, Any]
+
+
+def rows_of(units: Units, numbers: np.ndarray, unit_size: int) -> Units:
+  """The units of these numbers."""
+  rows = (numbers[:, None] * unit_size + np.arange(unit_size)).reshape(-1)
+  return Units(*jax.tree.map(lambda x: x[rows], tuple(units)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparisons:
+  """Preferences of one kind, as the trainer sees them.
+
+  Attributes:
+    unit_size: rows of a unit.
+    length: tokens of the longest row. Those of single completions have all this
+      length, their prompts in the first ``prompt_length`` slots of the
+      environment.
+    dtypes: of the arrays of `Units`, by name.
+    units: (step, batch_size, num_examples) -> Units; a pure function.
+    lengths: (steps, batch_size, num_examples) -> the lengths of rows that
+      ``units`` will have in any of them.
+    held_out: (num_pairs) -> Units, pairs, the same at every call.
+  """
+
+  unit_size: int
+  length: int
+  dtypes: dict[str, Any]
+  units: Callable[[int, int, int | None], Units]
+  lengths: Callable[[range, int, int | None], set[int]]
+  held_out: Callable[[int], Units] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +77,8 @@ class Environment:
     prompt_lengths: (iterations, num_prompts) -> the slots that ``prompts`` will
       have in any of them.
     demonstration_lengths: (steps, batch_size, num_examples) -> likewise.
+    preferences: (kind) -> Comparisons, 'pairs', 'rankings' or 'unpaired', for
+      the stage on preferences; None where there are none.
     rewards: (prompts, samples) -> {label: [B]} in the order of the config.
     weights: label -> weight in the sum that trains.
     text: token ids -> text.
@@ -51,6 +101,7 @@ class Environment:
   rewards: Callable[[Prompts, Samples], dict[str, np.ndarray]]
   weights: dict[str, float]
   text: Callable[[Any], str]
+  preferences: Callable[[str], Comparisons] | None = None
   grading: Callable[[], contextlib.AbstractContextManager] = (
     contextlib.nullcontext
   )

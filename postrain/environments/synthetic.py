@@ -10,18 +10,30 @@ import numpy as np
 
 from postrain import tasks
 from postrain.binding import bind
+from postrain.environments.raters import comparisons
 from postrain.environments.record import Environment, reward_weights
 from postrain.keys import prompt_keys, run_key
 from postrain.types import Prompts, Task
 
 
-def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
+def task(
+  seed: int,
+  rewards: Mapping[str, Any],
+  *,
+  task: dict,
+  rater: dict | None = None,
+  num_completions: int = 4,
+) -> Environment:
   """A synthetic task of `postrain.tasks`: prompts and rewards on the device.
 
   Args:
     seed: of the run.
     rewards: label -> dict(name of a reward of the task, weight).
     task: block for `postrain.tasks`.
+    rater: hyperparameters of `postrain.tasks.labels`, of the function for the
+      kind of preferences that a run learns from; None for its defaults. Raters
+      need a task with the reward ``gold``.
+    num_completions: of a prompt, in rankings.
   """
   chosen: Task = bind(tasks, task)()
   judge = jax.jit(functools.partial(grade, chosen, rewards))
@@ -75,6 +87,7 @@ def task(seed: int, rewards: Mapping[str, Any], *, task: dict) -> Environment:
         drawn.tokens, samples.tokens, samples.mask
       ).items()
     },
+    preferences=comparisons(chosen, seed, rater or {}, num_completions),
     weights=weights,
     text=chosen.render,
     device_task=chosen,

@@ -60,7 +60,7 @@ def open(
   directory: str | os.PathLike[str],
   *,
   dtype: str = 'float32',
-  head: str = 'language_model',
+  head: str | None = 'language_model',
 ) -> Directory:
   """Check all that the headers of a directory tell; no weight is read.
 
@@ -68,6 +68,7 @@ def open(
     directory: with config.json and safetensors, sharded or not.
     dtype: that parameters and activations will have.
     head: what the model must end in, see `Config`; a reward model is no policy.
+      None for whatever it ends in.
 
   Raises:
     ValueError: files are missing, truncated, pickled or outside the directory;
@@ -85,7 +86,7 @@ def open(
   config = dataclasses.replace(
     _config(root / 'config.json', block), dtype=dtype, param_dtype=dtype
   )
-  if config.head != head:
+  if head is not None and config.head != head:
     raise ValueError(
       f'{root} has head={config.head!r}, not {head!r}: choose another'
       ' directory, or load it with its head'

@@ -1,0 +1,107 @@
+"""Preferences of synthetic tasks: what raters say of completions at random."""
+
+from collections.abc import Callable, Mapping
+import functools
+import inspect
+from typing import Any
+
+import jax
+import numpy as np
+
+from postrain import data
+from postrain.binding import check_arguments
+from postrain.environments.record import Comparisons, Units, rows_of
+from postrain.keys import run_key
+from postrain.tasks import labels
+from postrain.types import Batch, Task
+
+# How raters speak, and the arrays that come of it.
+KINDS = {
+  'pairs': (labels.pairs, {}),
+  'rankings': (labels.rankings, {'ranks': np.int32}),
+  'unpaired': (labels.unpaired, {'desirable': bool}),
+}
+
+
+def comparisons(
+  task: Task, seed: int, rater: Mapping[str, Any], num_completions: int
+) -> Callable[[str], Comparisons] | None:
+  """The ``preferences`` of an environment; None of tasks without ``gold``."""
+  if num_completions < 2:
+    raise ValueError(
+      f'environment.num_completions={num_completions}: a ranking has at least 2'
+    )
+  if 'gold' not in task.rewards or not task.stop_ids:
+    return None
+  sizes = {'pairs': 2, 'rankings': num_completions, 'unpaired': 1}
+
+  @functools.cache
+  def of_kind(kind: str) -> Comparisons:
+    return _comparisons(task, seed, rater, kind, sizes[kind])
+
+  return of_kind
+
+
+def _comparisons(
+  task: Task, seed: int, rater: Mapping[str, Any], kind: str, unit_size: int
+) -> Comparisons:
+  """So many examples are drawn once, and taken in another order at each pass.
+
+  Without a number each step draws anew.
+  """
+  label, dtypes = KINDS[kind]
+  check_arguments(label, rater, 'environment.rater')
+  draw = _drawing(task, label, rater, unit_size, tuple(dtypes))
+  draw_pairs = _drawing(task, labels.pairs, _shared(rater), 2, ())
+  jax.eval_shape(lambda: draw(run_key(seed, 'preferences'), 2))  # its errors
+
+  @functools.cache
+  def all_of_them(number: int) -> Units:
+    return jax.device_get(draw(run_key(seed, 'preferences'), number))
+
+  def units(step: int, batch_size: int, num_examples: int | None) -> Units:
+    if num_examples is None:
+      return jax.device_get(
+        draw(run_key(seed, 'preferences', step), batch_size)
+      )
+    numbers = data.indices(
+      seed, step, num_prompts=batch_size, size=num_examples
+    )
+    return rows_of(all_of_them(num_examples), numbers, unit_size)
+
+  length = task.prompt_length + task.completion_length
+  return Comparisons(
+    unit_size=unit_size,
+    length=length,
+    dtypes=dtypes,
+    units=units,
+    lengths=lambda *_: {length},
+    held_out=lambda number: jax.device_get(
+      draw_pairs(run_key(seed, 'held_out_preferences'), number, held_out=True)
+    ),
+  )
+
+
+def _drawing(
+  task: Task, label: Callable[..., Batch], rater: Mapping[str, Any],
+  unit_size: int, names: tuple[str, ...],
+) -> Callable[..., Units]:  # fmt: skip
+  """Jitted (key, number, held_out=False) -> so many units."""
+
+  def draw(key: Any, number: int, held_out: bool = False) -> Units:
+    of_texts, of_labels = jax.random.split(key)
+    drawn = labels.candidates(
+      task, of_texts, num_prompts=number, num_samples=unit_size,
+      held_out=held_out,
+    )  # fmt: skip
+    batch = label(task, drawn, of_labels, **rater)
+    arrays = {name: batch.arrays[name] for name in names}
+    return Units(batch.tokens, batch.valid, batch.mask, arrays)
+
+  return jax.jit(draw, static_argnames=('number', 'held_out'))
+
+
+def _shared(rater: Mapping[str, Any]) -> dict[str, Any]:
+  """What a rater of another kind and one of pairs have in common."""
+  known = inspect.signature(labels.pairs).parameters
+  return {k: v for k, v in rater.items() if k in known}

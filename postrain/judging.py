@@ -1,0 +1,61 @@
+"""Held-out pairs during training: does the model prefer what raters do?"""
+
+from collections.abc import Callable, Iterator
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from postrain.environments import Units, rows_of
+from postrain.evaluation import calibration_error
+from postrain.preferring import Preferring
+from postrain.recipe import Recipe
+from postrain.types import TrainState
+
+
+class Judging:
+  """Called with a state of the stage on preferences, gives figures.
+
+  ``eval/pair_accuracy`` is the share of held-out pairs whose chosen the model
+  prefers, an equal one half; ``eval/pair_margin`` the mean of the logit; and
+  ``eval/pair_ece`` the `calibration_error` of its chance, in 15 bins.
+  """
+
+  def __init__(
+    self, recipe: Recipe, preferring: Preferring,
+    held_out: Callable[[int], Units],
+  ):  # fmt: skip
+    self._choices, self._held_out = recipe.evaluation, held_out
+    self._judge = jax.jit(preferring.judge)
+
+  def __call__(self, state: TrainState) -> dict[str, float]:
+    margins = np.concatenate(
+      [
+        self._judge(state.params, state.ref_params, *part)
+        for part in self._parts()
+      ]
+    )[: self._choices.num_prompts]
+    right = (1 + np.sign(margins)) / 2
+    chances = 1 / (1 + np.exp(-np.abs(margins)))
+    return {
+      'eval/pair_accuracy': float(right.mean()),
+      'eval/pair_margin': float(margins.mean()),
+      'eval/pair_ece': calibration_error(chances, right),
+    }
+
+  def traced(self, state: TrainState) -> Any:
+    """The judge, traced on the shapes of what it takes."""
+    part = next(self._parts())
+    return self._judge.trace(state.params, state.ref_params, *part)
+
+  @functools.cached_property
+  def _pairs(self) -> Units:
+    return self._held_out(self._choices.num_prompts)
+
+  def _parts(self) -> Iterator[Units]:
+    """Batches of one shape; the last begins again."""
+    choices = self._choices
+    for start in range(0, choices.num_prompts, choices.batch_size):
+      pairs = np.arange(start, start + choices.batch_size) % choices.num_prompts
+      yield rows_of(self._pairs, pairs, 2)
