@@ -6,7 +6,7 @@ from typing import Any
 
 from postrain.binding import check_arguments
 from postrain.schema import Block as Block
-from postrain.schema import Evaluation, Recipe, Reinforcement
+from postrain.schema import Evaluation, Recipe, Reinforcement, Sampling
 
 
 def make_recipe(config: Any) -> Recipe:
@@ -71,6 +71,20 @@ def _check_ranges(recipe: Recipe) -> None:
       f'preference.num_micro_batches={preference.num_micro_batches} does not'
       f' divide preference.batch_size={preference.batch_size}: take a divisor'
     )
+  _check_sampling(sampling)
+  if isinstance(rl.kl_stop, int | float) and rl.kl_stop <= 0:
+    raise ValueError(
+      f'rl.kl_stop={rl.kl_stop}: no update would be made; it must be positive,'
+      ' or None'
+    )
+  if rl.staleness not in (0, 1):
+    raise ValueError(
+      f'rl.staleness={rl.staleness}: a rollout is sampled 0 or 1 iterations'
+      ' ahead'
+    )
+
+
+def _check_sampling(sampling: Sampling) -> None:
   if _is_number(sampling.temperature) and sampling.temperature <= 0:
     raise ValueError(
       f'sampling.temperature={sampling.temperature}: it must be positive'
@@ -83,16 +97,6 @@ def _check_ranges(recipe: Recipe) -> None:
     raise ValueError(
       f'sampling.carry_over={sampling.carry_over}: an iteration would give more'
       f' than sampling.max_new_tokens={sampling.max_new_tokens}; set it to None'
-    )
-  if isinstance(rl.kl_stop, int | float) and rl.kl_stop <= 0:
-    raise ValueError(
-      f'rl.kl_stop={rl.kl_stop}: no update would be made; it must be positive,'
-      ' or None'
-    )
-  if rl.staleness not in (0, 1):
-    raise ValueError(
-      f'rl.staleness={rl.staleness}: a rollout is sampled 0 or 1 iterations'
-      ' ahead'
     )
 
 
