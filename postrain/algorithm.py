@@ -30,10 +30,10 @@ from postrain.couplings import (
   with_expert_shares,
   with_selection,
 )
+from postrain.drawing import make_extend, make_sample
 from postrain.preferring import Preferring, make_preferring
 from postrain.preparation import bind_advantage, make_prepare, uses_reference
 from postrain.recipe import Block, Recipe
-from postrain.sampling import extend, sample, sample_in_slots
 from postrain.train_step import make_train_step
 from postrain.types import (
   Batch,
@@ -116,10 +116,10 @@ def make_algorithm(
     rl_optimizer = optax.partition(roles, {role: role for role in roles})
   critic_model = critic and critic.model
   sft_optimizer = bind(optimizers, recipe.sft.optimizer)()
-  greedy = _make_sample(recipe, model, pad_id, stop_ids, greedy=True)
+  greedy = make_sample(recipe, model, pad_id, stop_ids, greedy=True)
   return Algorithm(
-    sample=_make_sample(recipe, model, pad_id, stop_ids),
-    extend=_make_extend(recipe, model, stop_ids),
+    sample=make_sample(recipe, model, pad_id, stop_ids),
+    extend=make_extend(recipe, model, stop_ids),
     greedy=greedy if 'baselines' in asked(advantage) else None,
     prepare=make_prepare(recipe, model, estimator, advantage, critic_model),
     update=_make_update(recipe, model, rl_optimizer, critic_model),
@@ -273,78 +273,3 @@ def _make_measure(
   if choices.balance_coef is None or choices.balance_over == 'sequence':
     return lambda params, batch: batch
   return functools.partial(with_expert_shares, model, num_slices=num_slices)
-
-
-def _make_sample(
-  recipe: Recipe, model: Model, pad_id: int, stop_ids: tuple[int, ...],
-  greedy: bool = False,
-) -> Callable[..., Samples]:  # fmt: skip
-  choices, routing = recipe.sampling, recipe.routing
-  record = routing.record or routing.replay == 'sampler'
-  if greedy:
-    choices = dataclasses.replace(
-      choices, num_samples=1, temperature=0, top_k=None, top_p=None, min_p=None
-    )
-
-  how = sample
-  if choices.num_slots is not None:
-    how = functools.partial(
-      sample_in_slots,
-      num_slots=choices.num_slots,
-      num_halvings=choices.num_halvings,
-    )
-
-  def draw(
-    params: Params, prompts: Any, prompt_mask: Any, key: Any, prompt_ids: Any
-  ) -> Samples:
-    return how(
-      model,
-      params['actor'],
-      prompts,
-      prompt_mask,
-      key,
-      num_samples=choices.num_samples,
-      max_new_tokens=choices.max_new_tokens,
-      stop_ids=stop_ids,
-      pad_id=pad_id,
-      temperature=choices.temperature,
-      top_k=choices.top_k,
-      top_p=choices.top_p,
-      min_p=choices.min_p,
-      record_routing=record and not greedy,
-      prompt_ids=prompt_ids,
-    )
-
-  return draw
-
-
-def _make_extend(
-  recipe: Recipe, model: Model, stop_ids: tuple[int, ...]
-) -> Callable[..., Samples] | None:
-  choices = recipe.sampling
-  max_steps = choices.carry_over
-  if max_steps is None:
-    return None
-
-  def go_on(
-    params: Params, prompts: Any, prompt_mask: Any, key: Any, prompt_ids: Any,
-    samples: Samples, version: Any,
-  ) -> Samples:  # fmt: skip
-    return extend(
-      model,
-      params['actor'],
-      prompts,
-      prompt_mask,
-      samples,
-      key,
-      max_steps=max_steps,
-      stop_ids=stop_ids,
-      temperature=choices.temperature,
-      top_k=choices.top_k,
-      top_p=choices.top_p,
-      min_p=choices.min_p,
-      version=version,
-      prompt_ids=prompt_ids,
-    )
-
-  return go_on

@@ -33,7 +33,7 @@ LAYERS = (
   {
     *('actors', 'algorithm', 'binding', 'checks', 'collection'),
     *('compilation', 'control', 'critics', 'judges'),
-    *('device_loop', 'programs'),
+    *('device_loop', 'drawing', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
     'judging',
     *('packing', 'pipeline', 'preferring', 'preparation', 'recipe'),
