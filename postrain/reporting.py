@@ -168,6 +168,25 @@ def rollout_figures(
     'completion/length': float(lengths.mean()),
     'completion/length_max': float(lengths.max()),
     'completion/truncated': float(np.mean(samples.truncated[rows])),
+    **_variety(samples),
+  }
+
+
+def _variety(samples: Samples) -> dict[str, float]:
+  """Pairs of neighbouring tokens: what completions say again.
+
+  Of all pairs the share that its completion had before, and the number of
+  distinct ones by the number of all.
+  """
+  there = samples.mask[:, 1:] & samples.mask[:, :-1]
+  if not there.any():
+    return {}
+  pairs = np.stack([samples.tokens[:, :-1], samples.tokens[:, 1:]], -1)[there]
+  own = np.column_stack([np.nonzero(there)[0], pairs])
+  of_rows, of_all = (len(np.unique(x, axis=0)) for x in (own, pairs))
+  return {
+    'completion/repetition': 1 - of_rows / len(pairs),
+    'completion/distinct_2': of_all / len(pairs),
   }
 
 

@@ -14,6 +14,7 @@ import optax
 import pytest
 import tiny
 
+from configs import ppo_sort
 from postrain import (
   aggregation,
   critics,
@@ -431,3 +432,18 @@ def test_a_fresh_critic_is_drawn_by_the_seed(tmp_path: pathlib.Path) -> None:
   state = Trainer(config, str(tmp_path))._states.fresh()
   critic = state.params['critic']['backbone']
   assert (critic['embedding'] != state.params['actor']['embedding']).any()
+
+
+@pytest.mark.slow
+def test_the_config_learns(tmp_path: pathlib.Path) -> None:
+  config = ppo_sort.get_config()
+  config.rl.num_iterations = config.evaluation.every = 60
+  Trainer(config, str(tmp_path)).run()
+  found = rows(tmp_path)
+  means = [
+    np.mean([row['reward'] for row in part])
+    for part in (found[:5], found[-6:-1])
+  ]
+  assert means[1] > means[0] + 1.5, means
+  gaps = [row['value/old'] - row['value/returns'] for row in found[10:-1]]
+  assert np.abs(np.mean(gaps)) < 0.2, gaps

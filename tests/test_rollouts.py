@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from postrain.reporting import rollout_figures
 from postrain.rollouts import (
   cut,
   joined,
@@ -101,3 +102,14 @@ def test_missing_groups_are_filled_up_with_the_earliest_others() -> None:
   assert [e['number'] for e in prompts.examples] == [0, 3]
   assert samples.tokens[:, 0].tolist() == [0, 0, 3, 3]
   assert rewards['right'].tolist() == [*SAME, *MIXED]
+
+
+def test_variety_of_completions() -> None:
+  tokens = np.array([[1, 2, 1, 2], [1, 2, 3, 0], [5, 0, 0, 0]])
+  mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]], bool)
+  zeros = np.zeros(tokens.shape, np.float32)
+  samples = Samples(tokens, mask, zeros, zeros, np.zeros(3, bool))
+  found = rollout_figures(samples, {}, np.zeros(3))
+  # 12 21 12 and 12 23: one said again, three distinct.
+  assert found['completion/repetition'] == 1 - 4 / 5
+  assert found['completion/distinct_2'] == 3 / 5

@@ -53,7 +53,8 @@ METHODS = {
   13: ('the regularised optimum', 'kl.k1 shaping.kl_penalized'),
   14: ('KL in the reward', 'shaping.kl_shaped shaping.kl_penalized'),
   15: ('KL controllers', 'kl.fixed_coef kl.adaptive_coef'),
-  16: ('RLHF with a reference', 'shaping.kl_shaped'),
+  16: ('RLHF with a reference', 'shaping.kl_shaped values.token_values'
+       ' critics.copied'),
   17: ('minibatches', 'losses.ppo_clip'),
   19: ('RLAIF', 'losses.soft_preference losses.swap_averaged'),
   22: ('DPO and its family', 'losses.dpo losses.robust_dpo losses.f_dpo'

@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SAVE_EVERY = 3
 NUM_ITERATIONS = 12
 # The switch lies off, on, off a checkpoint.
-SFT_STEPS = {'refresh': 4, 'ema': 6, 'late': 4}
+SFT_STEPS = {'refresh': 4, 'ema': 6, 'late': 4, 'critic': 4}
 
 
 def get_config(variant: str = 'refresh') -> ConfigDict:
@@ -72,6 +72,12 @@ def get_config(variant: str = 'refresh') -> ConfigDict:
   elif variant == 'ema':
     config.kl.reward_coef = 0.05
     config.reference = dict(update='ema', decay=0.9, every=1, memory='device')
+  elif variant == 'critic':
+    config.advantage = dict(name='gae')
+    config.critic.network = dict(name='copied')
+    config.kl.reward_coef = 0.05
+    config.kl.controller = dict(name='adaptive_coef', target=0.1, horizon=100.0)
+    config.rl.kl_stop = 0.01
   else:  # completions are under way when a checkpoint is written
     config.filter.informative_only = False
     config.rl.num_minibatches = 1
