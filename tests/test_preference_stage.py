@@ -199,3 +199,100 @@ def test_stages_follow_and_a_resumed_run_has_the_same_bits(
     for name in ('metrics.jsonl', 'samples.jsonl')[: 1 + bool(num_iterations)]:
       files = [folder / name for folder in (killed, whole)]
       assert files[0].read_bytes() == files[1].read_bytes()
+
+
+ROWS: dict[str, list[dict]] = {
+  'pairs': [
+    dict(prompt='1+1=' * (1 + n % 3), chosen='2' * (n + 1), rejected='no')
+    for n in range(6)
+  ],
+  'rankings': [
+    dict(prompt='a', completions=list('bcd'[: 2 + n]), ranks=[0, 1, 2][: 2 + n])
+    for n in range(2)
+  ],
+  'unpaired': [
+    dict(prompt='ab' * n, completion='c' * (4 - n), label=n > 1)
+    for n in (1, 2, 3)
+  ],
+}
+
+
+def written(kind: str, folder: pathlib.Path) -> ConfigDict:
+  """Preferences in files, and a method that reads them."""
+  config = tiny.text(folder)
+  for name, rows in (('seen', ROWS[kind]), ('unseen', ROWS['pairs'][:2])):
+    tiny.json_lines(folder / f'{name}.jsonl', rows)
+  config.environment.preferences = dict(
+    train=str(folder / 'seen.jsonl'),
+    held_out=str(folder / 'unseen.jsonl'),
+    ties='error',
+  )
+  config.environment.max_prompt_length = 12
+  config.environment.max_length = config.model['max_length'] = 24
+  config.rl.num_iterations = 0
+  config.preference = tiny.preference().preference
+  config.preference.num_examples = None
+  config.preference.data = kind
+  config.evaluation.update(every=2, num_prompts=3, batch_size=2)
+  if kind == 'unpaired':
+    config.preference.loss = dict(name='kto')
+  if kind == 'rankings':
+    config.preference.learns = 'reward_model'
+    config.preference.loss = dict(name='ranked_pairs')
+    config.model.update(head='sequence_labels', num_labels=1)
+  return config
+
+
+@pytest.mark.parametrize('kind', ROWS)
+def test_preferences_of_a_file(kind: str, tmp_path: pathlib.Path) -> None:
+  config = written(kind, tmp_path)
+  made = Trainer(config, str(tmp_path / 'run'))  # traces a step on its shapes
+  units = made.environment.preferences(kind)
+  size, decode = units.unit_size, made.environment.text
+  several = [units.units(step, 2, None) for step in range(6)]
+  for drawn in several:
+    assert len(drawn.tokens) == 2 * size
+    dtypes = {name: array.dtype for name, array in drawn.arrays.items()}
+    assert dtypes == units.dtypes
+  lengths = {drawn.tokens.shape[1] for drawn in several}
+  assert lengths == units.lengths(range(6), 2, None)
+  assert max(lengths) <= units.length
+  seen = {
+    decode(row[real]) for drawn in several
+    for row, real in zip(drawn.tokens, drawn.mask, strict=True)
+  }  # fmt: skip
+  asked = {'pairs': '2', 'rankings': 'd', 'unpaired': 'ccc'}[kind]
+  assert any(text.startswith(asked) for text in seen)
+  assert units.units(1, 2, 2).tokens.shape[0] == 2 * size
+  assert units.held_out(3).tokens.shape[0] == 6
+  if kind == 'unpaired':
+    for drawn in several:
+      assert (drawn.mask.argmax(1) == 12).all()
+      assert not drawn.mask[:, :12].any()
+      assert drawn.valid[:, 11:13].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ROWS)
+def test_a_run_on_a_file(kind: str, tmp_path: pathlib.Path) -> None:
+  Trainer(written(kind, tmp_path), str(tmp_path / 'run')).run()
+  rows = figures(tmp_path / 'run')
+  assert all(math.isfinite(row['loss']) for row in rows[:2])
+  assert 'eval/pair_ece' in rows[-1]
+
+
+def test_files_that_do_not_fit(tmp_path: pathlib.Path) -> None:
+  config = written('unpaired', tmp_path)
+  config.environment.max_prompt_length = 8
+  tiny.json_lines(
+    tmp_path / 'seen.jsonl', [dict(prompt='a' * 9, completion='b', label=True)]
+  )
+  with pytest.raises(ValueError, match='has 9 tokens, max_prompt_length=8'):
+    Trainer(config, str(tmp_path / 'run'))
+  config = written('pairs', tmp_path)
+  config.environment.preferences.held_out = None
+  with pytest.raises(ValueError, match='but none are held out'):
+    Trainer(config, str(tmp_path / 'run'))
+  del config.environment.preferences['ties']
+  with pytest.raises(ValueError, match='give train and held_out, each a path'):
+    Trainer(config, str(tmp_path / 'run'))

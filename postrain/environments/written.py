@@ -8,6 +8,7 @@ import numpy as np
 
 from postrain import data, tokenizers
 from postrain.binding import bind
+from postrain.environments.compared import comparisons
 from postrain.environments.record import Environment, reward_weights
 from postrain.grading import Judge
 from postrain.types import Completion, Prompts, Samples
@@ -23,6 +24,7 @@ def text(
   prompt: str,
   completion: str | None = None,
   conversations: str | None = None,
+  preferences: dict | None = None,
   style: Literal['plain', 'chat'] = 'plain',
   template: str | None = None,
   enable_thinking: bool | None = None,
@@ -47,6 +49,10 @@ def text(
     conversations: field with messages, all of whose turns of the assistant are
       learnt, in place of ``completion``. Where ``prompt`` is the same field, a
       prompt is what comes before the assistant's last turn.
+    preferences: dict(train, held_out, ties) for the stage on preferences: paths
+      of rows of `postrain.data.preference`, those held out of pairs or None,
+      and what becomes of rows that prefer nothing, 'error' or 'drop'. A
+      template is then around ``{prompt}``.
     style: ``plain``, or ``chat`` through the tokenizer's template.
     template: text around the prompt, with ``{field}`` in its place.
     enable_thinking: for chat templates that know it; None for their default.
@@ -69,25 +75,34 @@ def text(
     data.encode_prompts, made, field=prompt, max_length=max_prompt_length,
     **reading,
   )  # fmt: skip
+  learning = dict(reading, max_length=max_length, stop_id=stops[0])
   learnt = _demonstrations(
-    made, examples, prompt, completion, conversations, stop_id=stops[0],
-    max_length=max_length, **reading,
-  )  # fmt: skip
+    made, examples, prompt, completion, conversations, **learning
+  )
   if conversations == prompt:
     examples, others = _openings(examples, prompt), _openings(others, prompt)
   # Once over all rows: errors come before the run, and drops leave the rest.
   known, others = encode(examples), encode(others)
+  compared = comparisons(seed, made, preferences, max_prompt_length, learning)
   return Environment(
-    vocab_size=_vocab_size(made),
-    pad_id=made.pad_token_id,
     stop_ids=stops,
     prompt_length=max_prompt_length,
     demonstration_length=max_length,
     **_prompts(seed, max_prompt_length, known, others),
     **_learnt(seed, max_length, learnt),
+    preferences=compared,
     **_rewards(rewards, stops, made, prompt, num_workers, timeout),
-    text=functools.partial(_decode, made),
-    tokenizer=made,
+    **_spoken(made),
+  )
+
+
+def _spoken(tokenizer: Any) -> dict[str, Any]:
+  """What an environment has of a tokenizer."""
+  return dict(
+    vocab_size=_vocab_size(tokenizer),
+    pad_id=tokenizer.pad_token_id,
+    text=functools.partial(_decode, tokenizer),
+    tokenizer=tokenizer,
   )
 
 
