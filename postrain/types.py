@@ -135,7 +135,7 @@ class Model:
   @functools.cached_property
   def shapes(self) -> Params:
     """Shape and dtype of each parameter, traced once."""
-    return jax.eval_shape(self.init, jax.random.key(0))
+    return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
 
 class Samples(NamedTuple):

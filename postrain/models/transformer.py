@@ -179,7 +179,7 @@ def transformer(config: Config) -> Model:
   def logical_axes() -> Params:
     return jax.tree.map(
       lambda leaf: tuple(leaf.names),
-      jax.eval_shape(boxed, jax.random.key(0)),
+      jax.eval_shape(lambda: boxed(jax.random.key(0))),
       is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
 
