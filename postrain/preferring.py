@@ -129,13 +129,13 @@ def check_preference(
   """
   _check_loss(recipe)
   _check_coefs(recipe)
-  _check_model(recipe, model)
   held_out = comparisons(recipe, environment).held_out
   if recipe.evaluation.every and held_out is None:
     raise ValueError(
       f'evaluation.every={recipe.evaluation.every} of a run on preferences,'
       ' but none are held out: name their file, or set evaluation.every=0'
     )
+  _check_model(recipe, model)
 
 
 def _check_loss(recipe: Recipe) -> None:
@@ -221,15 +221,16 @@ def _check_model(recipe: Recipe, model: Model) -> None:
 
 def _width(model: Model) -> int:
   """Numbers that a model gives for each position."""
-  blank = jnp.zeros((1, 1), jnp.int32)
 
-  def logits(params: Params) -> Any:
+  def logits() -> Any:  # all of it traced: nothing is compiled for an error
+    params = model.init(jax.random.key(0))
+    blank = jnp.zeros((1, 1), jnp.int32)
     states, _ = model.hidden(
       params, blank, positions=blank, segment_ids=blank + 1
     )
     return model.unembed(params, states)
 
-  return jax.eval_shape(logits, model.shapes).shape[-1]
+  return jax.eval_shape(logits).shape[-1]
 
 
 def uses_reference(loss: Callable) -> bool:
