@@ -47,7 +47,9 @@ def quantized(model: Model, qtype: Literal['int8', 'nf4']) -> Model:
 
   def logical_axes() -> Params:
     axes = traverse_util.flatten_dict((model.logical_axes or dict)())
-    shapes = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
+    shapes = traverse_util.flatten_dict(
+      jax.eval_shape(lambda: init(jax.random.key(0)))
+    )
     # Values and scales have the same axes: blocks are cut as weights are.
     return traverse_util.unflatten_dict({
       path: jax.tree.map(lambda _, path=path: axes[path], shapes[path])
