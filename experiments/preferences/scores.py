@@ -1,0 +1,57 @@
+"""Reward models: held-out pair accuracy beside that of the hidden reward."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.preferences.common import made, run_config
+from postrain.trainer import Trainer
+
+LOSSES = {'bradley_terry': 'pairs', 'plackett_luce': 'rankings'}
+NUM_STEPS, NUM_PAIRS = 1500, 4096
+
+
+def config_of(loss: str, seed: int) -> Any:
+  config = run_config(seed)
+  config.model.update(head='sequence_labels', num_labels=1)
+  config.preference.num_steps = NUM_STEPS
+  config.preference.batch_size = 256
+  config.preference.learns = 'reward_model'
+  config.preference.data = LOSSES[loss]
+  config.preference.loss = dict(name=loss)
+  config.preference.optimizer.learning_rate = 3e-3
+  config.preference.optimizer.schedule = 'linear'
+  config.preference.optimizer.total_steps = NUM_STEPS
+  config.evaluation.update(every=200, num_prompts=NUM_PAIRS, batch_size=512)
+  return config
+
+
+def oracle(config: Any) -> float:
+  """The accuracy of the hidden reward on the pairs of the evaluation."""
+  environment, _ = made(config)
+  task = environment.device_task
+  pairs = environment.preferences('pairs').held_out(NUM_PAIRS)
+  prompts, tokens = jnp.split(pairs.tokens, [task.prompt_length], axis=1)
+  mask = pairs.mask[:, task.prompt_length :]
+  gold = task.rewards['gold'](prompts, tokens, mask)
+  distance = np.asarray(gold[::2] - gold[1::2])
+  return float(((1 + np.sign(distance)) / 2).mean())
+
+
+def study(path: pathlib.Path, seeds: range) -> dict[str, Any]:
+  found = {'oracle': [oracle(run_config(seed)) for seed in seeds]}
+  for loss in LOSSES:
+    found[loss] = []
+    for seed in seeds:
+      directory = path / f'{loss}-{seed}'
+      Trainer(config_of(loss, seed), str(directory)).run()
+      rows = (directory / 'metrics.jsonl').read_text().splitlines()
+      row = json.loads(rows[-1])
+      found[loss].append({
+        'accuracy': row['eval/pair_accuracy'], 'ece': row['eval/pair_ece']
+      })  # fmt: skip
+      print(loss, seed, found[loss][-1], found['oracle'][seed], flush=True)
+  return found
