@@ -13,15 +13,18 @@ from experiments.preferences import scores
 from experiments.preferences.common import LENGTH, SCALE, run_config
 from postrain.trainer import Trainer
 
-BIAS = 9.0
+BIAS = 13.0
 TARGET = 1.0  # nats
-NUM_ITERATIONS = 120
+SETTLED = 20  # iterations until the coefficient has found it
+NUM_STEPS, NUM_ITERATIONS = 600, 120
 FIGURES = ('reward/gold', 'reward/judge', 'reference/kl_sequence')
 
 
 def proxy(path: pathlib.Path, seed: int) -> str:
   """The directory of a reward model of biased raters."""
   config = scores.config_of('bradley_terry', seed)
+  config.preference.num_steps = NUM_STEPS
+  config.preference.optimizer.total_steps = NUM_STEPS
   config.environment.rater = dict(scale=SCALE, feature='disliked', bias=BIAS)
   directory = path / f'proxy-{seed}'
   Trainer(config, str(directory)).run()

@@ -2,8 +2,10 @@
 
   python experiments/preferences/run.py --part=scores --workdir=runs/preferences
   python experiments/preferences/run.py --part=direct --workdir=runs/preferences
+  python experiments/preferences/run.py --part=optimized \\
+    --workdir=runs/preferences
 
-Prints a table, and writes PART.json and, of direct methods, a plot. A run that
+Prints a table, and writes PART.json and, but for scores, a plot. A run that
 stands in the workdir already is not run again.
 """
 
@@ -17,11 +19,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from experiments.preferences import direct, scores
+from experiments.preferences import direct, optimized, scores
 from postrain import workdir
 from postrain.compilation import use_cache
 
-PARTS = {'scores': scores, 'direct': direct}
+PARTS = {'scores': scores, 'direct': direct, 'optimized': optimized}
 RULE = '|' + ' --- |' * 4
 
 
@@ -59,6 +61,40 @@ def table_of_direct(found: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
+def table_of_optimized(found: dict[str, Any]) -> str:
+  lines = ['| PPO | best gold | last gold | last proxy less first |', RULE]
+  for name, runs in found.items():
+    gold, proxy, _ = np.moveaxis(np.array(runs), -1, 0)  # seed, iteration
+    figures = gold.max(1), gold[:, -10:].mean(1), proxy[:, -1] - proxy[:, 0]
+    cells = ' | '.join(spread(x.tolist()) for x in figures)
+    lines.append(f'| {name} | {cells} |')
+  held = np.array(found['held'])[:, optimized.SETTLED :, 2]
+  means = spread(held.mean(1).tolist())
+  near = np.abs(held / optimized.TARGET - 1) < 0.2
+  lines += [
+    '',
+    f'KL of the held runs, a target of {optimized.TARGET}: {means};'
+    f' within a fifth of it in {near.mean():.0%} of iterations',
+  ]
+  return '\n'.join(lines)
+
+
+def draw_optimized(found: dict[str, Any], path: pathlib.Path) -> None:
+  from matplotlib.figure import Figure
+
+  figure = Figure((8.4, 3), layout='constrained')
+  for number, name in enumerate(('hidden reward', 'proxy', 'KL, nats')):
+    axes = figure.add_subplot(1, 3, number + 1)
+    axes.set(title=name, xlabel='iteration')
+    axes.grid(alpha=0.3)
+    for color, (label, runs) in enumerate(found.items()):
+      for i, run in enumerate(runs):
+        line = np.array(run)[:, number]
+        axes.plot(line, f'C{color}', lw=0.9, label=None if i else label)
+    axes.legend(fontsize='x-small')
+  figure.savefig(path, dpi=80)
+
+
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
   from matplotlib.figure import Figure
 
@@ -91,6 +127,9 @@ def main() -> None:
   if flags.part == 'direct':
     draw(found, flags.workdir / 'direct.png')
     print(table_of_direct(found))
+  elif flags.part == 'optimized':
+    draw_optimized(found, flags.workdir / 'optimized.png')
+    print(table_of_optimized(found))
   else:
     print(table_of_scores(found))
 
