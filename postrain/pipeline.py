@@ -92,7 +92,9 @@ def run(stages: Sequence[Stage], root: str) -> list[Planned]:
   planned = plan(stages, root)
   os.makedirs(root, exist_ok=True)
   for stage in planned:
-    if not os.path.exists(os.path.join(stage.directory, ARTEFACT)):
+    if os.path.exists(os.path.join(stage.directory, ARTEFACT)):
+      _check_files(stage)
+    else:
       print(f'stage {stage.name}: {stage.directory}', flush=True)
       try:
         _run(stage)
@@ -101,7 +103,6 @@ def run(stages: Sequence[Stage], root: str) -> list[Planned]:
       workdir.die_at('before_artefact', planned.index(stage))
       record = {'identity': stage.identity, 'files': digests(stage.directory)}
       workdir.write_json(os.path.join(stage.directory, ARTEFACT), record)
-    _check_files(stage)
   order = [stage._asdict() for stage in planned]
   workdir.write_json(os.path.join(root, 'pipeline.json'), order)
   return planned

@@ -122,8 +122,6 @@ def test_reward_weights() -> None:
     ({'a': {'weight': True}}, 'rewards.a=.* needs a finite number'),
     ({'a': {'weight': float('inf')}}, 'rewards.a=.* needs a finite number'),
     ({'a': None}, 'rewards.a=None: it needs a finite number'),
-    ({'a': {'weight': 0}}, 'at least one needs a weight that is not 0'),
-    ({}, 'at least one needs a weight that is not 0'),
   ],
 )
 def test_reward_weights_that_are_none(blocks: dict, message: str) -> None:

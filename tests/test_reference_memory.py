@@ -50,7 +50,7 @@ def test_only_scores_read_it(tmp_path: pathlib.Path) -> None:
   trainer = Trainer(config('host', 'frozen'), str(tmp_path))
   with sharding.on(trainer.mesh):
     programs = {
-      p.name.partition('[')[0]: p for p in trainer._programs.needed(0)
+      p.name.partition('[')[0]: p for p in trainer._rehearsal.needed(0)
     }
   texts = {name: p.traced.lower().as_text() for name, p in programs.items()}
   placed = r'%arg\d+: [^,]*\{[^}]*memory_kind = "pinned_host"'

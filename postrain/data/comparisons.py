@@ -185,15 +185,16 @@ def encode_labels(
 Rows = TypeVar('Rows', Demonstrations, Pairs, Rankings, Labels)
 
 
-def align_prompts(arrays: Rows, *, prompt_length: int) -> Rows:
+def align_prompts(arrays: Rows, *, prompt_length: int, pad_id: int = 0) -> Rows:
   """Move rows so that all completions begin at one slot.
 
   The layout of the sampler: prompts are left-padded, completions stand behind
-  them, where `postrain.batches.mismatched` looks for them. Unused slots hold 0.
+  them, where `postrain.batches.mismatched` looks for them.
 
   Args:
     arrays: whose rows are right-padded.
     prompt_length: slots of the prompts.
+    pad_id: of tokens in unused slots.
 
   Raises:
     ValueError: names the row whose prompt is longer.
@@ -211,14 +212,15 @@ def align_prompts(arrays: Rows, *, prompt_length: int) -> Rows:
   inside = (source >= 0) & (source < tokens.shape[1])
   source = source.clip(0, tokens.shape[1] - 1)
 
-  def moved(x: np.ndarray) -> np.ndarray:
-    x = np.take_along_axis(np.where(valid, x, 0), source, 1)
-    return np.where(inside, x, 0)
+  def moved(x: np.ndarray, fill: Any) -> np.ndarray:
+    fill = x.dtype.type(fill)
+    x = np.take_along_axis(np.where(valid, x, fill), source, 1)
+    return np.where(inside, x, fill)
 
   return arrays._replace(
-    tokens=moved(tokens),
-    valid=moved(valid).astype(bool),
-    mask=moved(mask).astype(bool),
+    tokens=moved(tokens, pad_id),
+    valid=moved(valid, False),
+    mask=moved(mask, False),
   )
 
 

@@ -38,13 +38,14 @@ def comparisons(
   @functools.cache
   def of_kind(kind: str) -> Comparisons:
     rows = read(files['train'])
-    known, unit_size = _encoded(tokenizer, rows, kind, reading)
-    if kind == 'unpaired':
-      known = _aligned(known, max_prompt_length, tokenizer.pad_token_id)
+    encoded = functools.partial(
+      _encoded, tokenizer, max_prompt_length=max_prompt_length, reading=reading
+    )
+    known, unit_size = encoded(rows, kind)
     others = None
     if files['held_out'] is not None:
       pairs = read(files['held_out'])
-      others, _ = _encoded(tokenizer, pairs, 'pairs', reading)
+      others, _ = encoded(pairs, 'pairs')
     return _comparisons(seed, known, unit_size, others, kind != 'unpaired')
 
   return of_kind
@@ -54,9 +55,14 @@ def _encoded(
   tokenizer: Any,
   rows: Sequence[data.Preference],
   kind: str,
+  *,
+  max_prompt_length: int,
   reading: Mapping[str, Any],
 ) -> tuple[Units, int]:
-  """All rows of a kind, and the rows of a unit."""
+  """All rows of a kind, and the rows of a unit.
+
+  Single completions all begin in slot ``max_prompt_length``.
+  """
   if kind == 'pairs':
     of_pairs = data.encode_pairs(tokenizer, rows, **reading)
     known = {} if of_pairs.margins is None else {'margins': of_pairs.margins}
@@ -68,30 +74,21 @@ def _encoded(
     )
     return Units(*ranked[:3], {'ranks': ranked.ranks}), size
   single = data.encode_labels(tokenizer, rows, **reading)
+  _check_prompts(single.mask, max_prompt_length)
+  single = data.align_prompts(
+    single, prompt_length=max_prompt_length, pad_id=tokenizer.pad_token_id
+  )
   return Units(*single[:3], {'desirable': single.desirable}), 1
 
 
-def _aligned(units: Units, prompt_length: int, pad_id: int) -> Units:
-  """Rows whose completions all begin in slot ``prompt_length``."""
-  tokens, valid, mask, arrays = units
-  starts = mask.argmax(1)[:, None]
-  if starts.max() > prompt_length:
+def _check_prompts(mask: np.ndarray, max_prompt_length: int) -> None:
+  starts = mask.argmax(1)
+  if starts.max() > max_prompt_length:
     raise ValueError(
       f'the prompt of row {starts.argmax()} of the preferences has'
-      f' {starts.max()} tokens, max_prompt_length={prompt_length}: raise it, or'
-      ' remove the row'
+      f' {starts.max()} tokens, max_prompt_length={max_prompt_length}: raise'
+      ' it, or remove the row'
     )
-  width = prompt_length + (valid.sum(1) - starts[:, 0]).max()
-  slots = np.arange(width)[None] - prompt_length + starts
-  inside = (slots >= 0) & (slots < tokens.shape[1])
-  slots = np.where(inside, slots, 0)
-
-  def moved(x: np.ndarray, fill: Any) -> np.ndarray:
-    return np.where(inside, np.take_along_axis(x, slots, 1), x.dtype.type(fill))
-
-  return Units(
-    moved(tokens, pad_id), moved(valid, False), moved(mask, False), arrays
-  )
 
 
 def _comparisons(
