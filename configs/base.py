@@ -126,7 +126,7 @@ def get_config() -> ConfigDict:
       ),
       checkpoint=dict(every=50, keep=2, export=True),
       machine=dict(memory_limit=config_dict.placeholder(int)),
-      mesh=dict(data=1, fsdp=1, expert=1, tensor=1),
+      mesh=dict(slices=1, data=1, fsdp=1, expert=1, context=1, tensor=1),
       chunk_size=16,
       num_row_buckets=6,
     )

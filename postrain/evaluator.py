@@ -13,6 +13,7 @@ from postrain.keys import run_key
 from postrain.recipe import Recipe
 from postrain.rollouts import fetched, picked
 from postrain.sampling import sample
+from postrain.sharding import for_sampling
 from postrain.types import Model, Params, Prompts, Samples
 
 
@@ -37,16 +38,18 @@ class Evaluator:
       pad_id=environment.pad_id,
     )
     self._greedy = jax.jit(
-      functools.partial(draw, num_samples=1, temperature=0)
+      for_sampling(functools.partial(draw, num_samples=1, temperature=0))
     )
     self._several = jax.jit(
-      functools.partial(
-        draw,
-        num_samples=max(choices.num_samples, 1),
-        temperature=recipe.sampling.temperature,
-        top_k=recipe.sampling.top_k,
-        top_p=recipe.sampling.top_p,
-        min_p=recipe.sampling.min_p,
+      for_sampling(
+        functools.partial(
+          draw,
+          num_samples=max(choices.num_samples, 1),
+          temperature=recipe.sampling.temperature,
+          top_k=recipe.sampling.top_k,
+          top_p=recipe.sampling.top_p,
+          min_p=recipe.sampling.min_p,
+        )
       )
     )
 

@@ -51,9 +51,10 @@ class Programs:
     # for all is compiled before anything exists, and once.
     rows, same = sharding.rows(states.mesh), sharding.replicated(states.mesh)
     online, supervised = map(sharding.of, self.shapes.states)
-    self.sample = jax.jit(algorithm.sample)
-    self.extend: Any = algorithm.extend and jax.jit(algorithm.extend)
-    self.greedy = algorithm.greedy and jax.jit(algorithm.greedy)
+    sampling = sharding.for_sampling
+    self.sample = jax.jit(sampling(algorithm.sample))
+    self.extend: Any = algorithm.extend and jax.jit(sampling(algorithm.extend))
+    self.greedy = algorithm.greedy and jax.jit(sampling(algorithm.greedy))
 
     def prepare(kl_coef: Any, *rest: Any) -> tuple:
       return algorithm.prepare(*rest, kl_coef=kl_coef)

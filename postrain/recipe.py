@@ -166,7 +166,7 @@ def _check_positive(recipe: Recipe) -> None:
     'filter': ('max_rollouts',),
     'reference': ('every',),
     'evaluation': ('num_prompts', 'batch_size'),
-    'mesh': ('data', 'fsdp', 'expert', 'tensor'),
+    'mesh': ('slices',),
   }  # fmt: skip
   for least, blocks in ((0, zero_is_fine), (1, wanted)):
     for block, fields in blocks.items():

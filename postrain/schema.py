@@ -5,6 +5,7 @@ is one too many. Blocks with a ``name`` choose a function of a module and are
 checked by `postrain.binding.bind`.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import typing
 
@@ -174,11 +175,13 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-  """Devices along each axis."""
+  """Devices along each axis; -1 for one of them takes what the others leave."""
 
+  slices: int  # over which data is cut first
   data: int
   fsdp: int
   expert: int
+  context: int
   tensor: int
 
 
@@ -213,6 +216,11 @@ class Recipe:
   mesh: Mesh
   chunk_size: int  # time positions whose logits exist at once
   num_row_buckets: int  # numbers of packed rows that are compiled for
+
+  def on(self, sizes: Mapping[str, int]) -> 'Recipe':
+    """The same, of a mesh of these sizes: -1 stands for none any more."""
+    mesh = dataclasses.replace(self.mesh, **sizes)
+    return dataclasses.replace(self, mesh=mesh)
 
   @property
   def unit_size(self) -> int:

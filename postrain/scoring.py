@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from postrain import sharding
 from postrain.batches import check_packing, cut, join, together
 from postrain.dtypes import promoted
 from postrain.logprobs import map_time_chunks, token_entropy, token_logprobs
@@ -275,9 +276,12 @@ def map_logits(
   inputs = [x[:, start:] for x in (hidden, *arrays)]
   if isinstance(packing, Packing):
     inputs = [relaid(x, packing.source) for x in inputs]
+  apart, whole = sharding.by_parts(inputs[0].shape[1])
+  inputs = [apart(x) for x in inputs]
   figures = map_time_chunks(
     fn, lambda h: model.unembed(params, h), *inputs, chunk_size=chunk_size
   )
+  figures = jax.tree.map(whole, figures)
   if isinstance(packing, Packing):
     return jax.tree.map(lambda x: relaid(x, packing.slot), figures)
 

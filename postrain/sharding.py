@@ -1,7 +1,8 @@
 """The one place that knows meshes, rules and shardings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
+import contextvars
 import functools
 import math
 from typing import Any
@@ -9,19 +10,27 @@ from typing import Any
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
 import jax
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 import optax
 
 from postrain.types import Model, Params
 
-# Logical axis -> mesh axes. Logical names are all that models know.
+# Logical axis -> mesh axes. Logical names are all that models know. What a mesh
+# axis does follows: `data` repeats the model, `fsdp` cuts its parameters and
+# moments along the residual stream, gathered where they are used, `tensor` cuts
+# heads, inner widths and the vocabulary, `expert` the experts, and `context`
+# the tokens of a row.
+AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 BATCH_AXES = ('data', 'fsdp', 'expert')
 RULES = (
   ('batch', BATCH_AXES),
   # Rows of the experts' layer: each of its devices meets the tokens of all.
-  ('tokens', ('data', 'fsdp')),
-  ('time', None),
+  ('tokens', ('data', 'fsdp', 'context')),
+  ('time', 'context'),
+  ('keys', None),  # a token attends to those of all parts
   ('layers', None),
   ('embed', None),
   ('width', 'fsdp'),
@@ -32,38 +41,159 @@ RULES = (
   ('head_dim', None),
   ('experts', 'expert'),
 )
-AXES = ('data', 'fsdp', 'expert', 'tensor')
+# A sampler writes one token at a time, so that what cuts rows elsewhere cuts
+# the model there.
+SAMPLING = tuple(
+  {
+    **dict(RULES),
+    'tokens': ('data', 'fsdp'),
+    'time': None,
+    **dict.fromkeys(
+      ('vocab', 'heads', 'kv_heads', 'mlp'), ('tensor', 'context')
+    ),
+  }.items()
+)
 
 
 def make_mesh(
-  *, data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1
+  *, slices: int = 1, devices: Sequence[Any] | None = None, **sizes: int
 ) -> Mesh:
-  """Make a mesh of the first data x fsdp x expert x tensor devices.
+  """Make a mesh of the first devices, as many as the product of its axes.
+
+  Args:
+    slices: of a TPU, or hosts of one network, over which ``data`` is cut
+      first: only gradients pass between them.
+    devices: those of a topology that is not here; None for the machine's.
+    **sizes: devices along the axes of `AXES`, 1 where left out; -1 for one of
+      them takes what the others leave.
 
   Raises:
-    ValueError: there are fewer devices.
+    ValueError: there are fewer devices, or they do not divide.
   """
-  sizes, devices = (data, fsdp, expert, tensor), jax.devices()
-  needed = math.prod(sizes)
-  if needed > len(devices):
-    raise ValueError(
-      f'mesh data={data} x fsdp={fsdp} x expert={expert} x tensor={tensor}'
-      f' needs {needed} devices, there are {len(devices)}: change config.mesh'
-      f' (on CPU, JAX_NUM_CPU_DEVICES={needed} makes virtual ones)'
-    )
+  devices = jax.devices() if devices is None else devices
+  sizes = _filled(sizes, len(devices))
+  shape = tuple(sizes[name] for name in AXES)
+  if slices > 1:
+    grid = _over_slices(shape, slices, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   return jax.make_mesh(
-    sizes,
+    shape,
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices[:needed],
+    devices=devices[: math.prod(shape)],
   )
+
+
+def _filled(sizes: Mapping[str, int], available: int) -> dict[str, int]:
+  """The size of each axis, with the one that is -1 made to fit."""
+  if unknown := sorted(set(sizes) - set(AXES)):
+    raise ValueError(
+      f'mesh has no axis {", ".join(unknown)}: it has {", ".join(AXES)}'
+    )
+  sizes = {name: sizes.get(name, 1) for name in AXES}
+  written = ' x '.join(f'{name}={size}' for name, size in sizes.items())
+  open_axes = [name for name, size in sizes.items() if size == -1]
+  wrong = [name for name, size in sizes.items() if size < 1 and size != -1]
+  if wrong or len(open_axes) > 1:
+    raise ValueError(
+      f'mesh {written}: sizes are 1 or more, and one may be -1, which takes the'
+      ' devices that the others leave'
+    )
+  known = math.prod(size for size in sizes.values() if size > 0)
+  if open_axes and available % known:
+    raise ValueError(
+      f'mesh {written}: {available} devices do not divide by {known}, the'
+      ' product of the others: change them'
+    )
+  if open_axes:
+    sizes[open_axes[0]] = available // known
+  elif known > available:
+    raise ValueError(
+      f'mesh {written} needs {known} devices, there are {available}: change'
+      f' config.mesh (on CPU, JAX_NUM_CPU_DEVICES={known} makes virtual ones)'
+    )
+  return sizes
+
+
+def _over_slices(
+  shape: tuple[int, ...], slices: int, devices: Sequence[Any]
+) -> np.ndarray:
+  """Devices with the first axis outermost over slices."""
+  found = len({getattr(d, 'slice_index', 0) for d in devices})
+  if found != slices or shape[0] % slices or math.prod(shape) != len(devices):
+    raise ValueError(
+      f'mesh.slices={slices} with mesh.data={shape[0]}: there are {found}'
+      f' slices of together {len(devices)} devices; all of them are needed, and'
+      ' data must be a multiple of their number'
+    )
+  inner = (shape[0] // slices, *shape[1:])
+  return mesh_utils.create_hybrid_device_mesh(
+    inner, (slices, *(1,) * len(shape[1:])), devices
+  )
+
+
+_platforms: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+  'platform', default=None
+)
 
 
 @contextlib.contextmanager
 def on(mesh: Mesh) -> Any:
   """Trace and run under a mesh, with the rules for logical axes."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-    yield
+  token = _platforms.set(mesh.devices.flat[0].platform)
+  try:
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+      yield
+  finally:
+    _platforms.reset(token)
+
+
+def platform() -> str:
+  """What programs are made for: the devices of the mesh, here or elsewhere."""
+  return _platforms.get() or jax.default_backend()
+
+
+def for_sampling(fn: Callable) -> Callable:
+  """The function traced under the rules of a sampler, where there are rules."""
+
+  @functools.wraps(fn)
+  def ruled(*args: Any, **kwargs: Any) -> Any:
+    rules = SAMPLING if nn.get_logical_axis_rules() else ()
+    with nn.logical_axis_rules(rules):
+      return fn(*args, **kwargs)
+
+  return ruled
+
+
+def num_parts() -> int:
+  """Devices that share the tokens of a row."""
+  axis = dict(nn.get_logical_axis_rules()).get('time')
+  return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def by_parts(length: int) -> tuple[Callable, Callable]:
+  """Make parts of rows rows of their own, and rows of them again.
+
+  ``[B T ...]`` becomes ``[B C T/C ...]`` with the leading two as one, where C
+  devices share a row: what works along time then stays on each device.
+
+  Raises:
+    ValueError: they do not divide it.
+  """
+  parts = num_parts()
+  if length % parts:
+    raise ValueError(
+      f'{length} tokens of a row do not divide over mesh.context={parts}:'
+      ' change the mesh, or the lengths of prompts and completions'
+    )
+
+  def cut(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[1] // parts, *x.shape[2:])
+
+  def join(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, length, *x.shape[2:])
+
+  return cut, join
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

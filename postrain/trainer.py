@@ -63,8 +63,9 @@ class Trainer:
   ):
     self.directory = directory
     self.config = plain(config)
-    self.recipe = recipe = make_recipe(config)
+    recipe = make_recipe(config)
     self.mesh = sharding.make_mesh(**vars(recipe.mesh))
+    self.recipe = recipe = recipe.on(self.mesh.shape)
     self.environment, judges = make_environment(recipe, self.mesh)
     self.actor = bind(actors, recipe.model)(self.environment)
     self.algorithm = make_algorithm(

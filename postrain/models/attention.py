@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from postrain import sharding
 from postrain.models.norms import widened
 
 
@@ -91,7 +92,7 @@ def rotate(
 def wide_einsum(subscripts: str, left: Array, right: Array) -> Array:
   """Multiply arrays of one type and sum in at least float32."""
   wide = widened(left.dtype)
-  if jax.default_backend() == 'cpu':  # it lacks such products of some shapes
+  if sharding.platform() == 'cpu':  # it lacks such products of some shapes
     left, right = left.astype(wide), right.astype(wide)
   return jnp.einsum(subscripts, left, right, preferred_element_type=wide)
 

@@ -17,12 +17,13 @@ from jaxtyping import Array, Float, Int
 from postrain import sharding
 from postrain.models.config import Config
 
+WHOLE = 'rows that lie on one device each, so mesh.context=1'
 LANES = 128  # slots of a splash block are a multiple of them
 
 
 def accelerator() -> tuple[str, float]:
   """What programs are lowered for, and the compute capability of 'cuda'."""
-  backend = jax.default_backend()
+  backend = sharding.platform()
   device: Any = jax.devices()[0]
   if backend == 'gpu' and 'cuda' in device.client.platform_version:
     return 'cuda', float(device.compute_capability)
@@ -53,6 +54,7 @@ def obstacles(config: Config, name: str) -> list[str]:
   """What a kernel needs and does not find, in a model or here."""
   platform, capability = accelerator()
   card = f'{platform} {capability}' if capability else platform
+  whole = sharding.num_parts() == 1
   dim, cap, dtype = config.head_dim, config.attention_soft_cap, config.dtype
   widest = 256 if capability >= 9 else 128
   needs = {
@@ -64,6 +66,7 @@ def obstacles(config: Config, name: str) -> list[str]:
         dim <= widest and dim % 8 == 0
       ),
       f'plain logits, not attention_soft_cap={cap}': cap is None,
+      WHOLE: whole,
     },
     'splash': {
       f'a TPU, not {card}': platform == 'tpu',
@@ -71,6 +74,7 @@ def obstacles(config: Config, name: str) -> list[str]:
         dtype in ('bfloat16', 'float32')
       ),
       f'heads of a multiple of 64, not head_dim={dim}': dim % 64 == 0,
+      WHOLE: whole,
     },
   }
   return [need for need, met in needs[name].items() if not met]
@@ -113,7 +117,7 @@ def fused_attention(
   else:
     fn = functools.partial(
       splash_attention, soft_cap=soft_cap,
-      interpret=jax.default_backend() == 'cpu',
+      interpret=sharding.platform() == 'cpu',
     )  # fmt: skip
 
   def part(query: Array, *others: Array) -> Array:

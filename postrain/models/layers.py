@@ -159,6 +159,11 @@ class Block(nn.Module):
     if c.position_embedding == 'rotary':
       query = rotate(query, view.cos, view.sin)
       key = rotate(key, view.cos, view.sin)
+    # Of all tokens of a row, wherever its devices are; rotated by then.
+    key, value = (
+      with_logical_constraint(x, ('batch', 'keys', 'kv_heads', 'head_dim'))
+      for x in (key, value)
+    )
     level = new_level(key, value)
     if layer.own is not None:
       level = written(layer.own, level, view.at)

@@ -150,7 +150,7 @@ def fastest(experts: Int[Array, 'N K'], *, num_experts: int) -> Form:
   On CPU XLA expands a ragged product to one over all experts, and on GPU it
   does so unless told otherwise (jax 0.10.2).
   """
-  if jax.default_backend() == 'tpu':
+  if sharding.platform() == 'tpu':
     return grouped_mlp
   light = num_experts < experts.size < MIN_LOAD * num_experts
   few = num_experts <= experts.shape[1]

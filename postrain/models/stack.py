@@ -11,8 +11,7 @@ from postrain.models.attention import View, rotation
 from postrain.models.cache import Cache, first_new, visibility
 from postrain.models.config import Config
 from postrain.models.kernels import kernel
-from postrain.models.layers import Block, Layer
-from postrain.models.lora import Stored
+from postrain.models.layers import Block, Layer, used
 from postrain.models.norms import widened
 from postrain.models.rope import frequencies
 from postrain.types import Params
@@ -117,21 +116,31 @@ def stacked(trees: list[Any]) -> Any:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def serving(config: Config, params: Params) -> Params:
+def serving(config: Config, params: Params, axes: Params) -> Params:
   """Parameters as a decode loop reads them, over and over.
 
-  In the compute dtype, and each layer's by itself: a layer of a stack would be
-  copied out of it for every token (half of a decode step on a CPU).
+  In the compute dtype, gathered along the residual stream, and each layer's by
+  itself: a layer of a stack would be copied out of it for every token (half of
+  a decode step on a CPU).
   """
 
-  def cast(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, Stored) else leaf.astype(config.dtype)
+  def is_axes(x: Any) -> bool:
+    return isinstance(x, tuple)
 
-  params = jax.tree.map(
-    cast, params, is_leaf=lambda leaf: isinstance(leaf, Stored)
-  )
-  layers = params.pop('layers')
-  return params | {
-    served_name(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+  def read(axes: Params, params: Params) -> Params:
+    return jax.tree.map(
+      lambda names, leaf: used(leaf, names, config.dtype),
+      axes, params, is_leaf=is_axes,
+    )  # fmt: skip
+
+  (layers, params), (inner, axes) = _parted(params), _parted(axes)
+  inner = jax.tree.map(lambda names: names[1:], inner, is_leaf=is_axes)
+  return read(axes, params) | {
+    served_name(i): read(inner, jax.tree.map(lambda x, i=i: x[i], layers))
     for i in range(config.num_layers)
   }
+
+
+def _parted(tree: Params) -> tuple[Any, Params]:
+  """The layers, and the rest."""
+  return tree['layers'], {k: v for k, v in tree.items() if k != 'layers'}

@@ -203,7 +203,7 @@ def transformer(config: Config) -> Model:
     vocab_size=config.vocab_size,
     logical_axes=logical_axes,
     internals=internals,
-    serving=lambda params: serving(config, params),
+    serving=lambda params: serving(config, params, logical_axes()),
     reads_prefix=True,
     normalize=normalize,
     num_experts=config.num_experts,
