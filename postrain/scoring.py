@@ -278,9 +278,13 @@ def map_logits(
     inputs = [relaid(x, packing.source) for x in inputs]
   apart, whole = sharding.by_parts(inputs[0].shape[1])
   inputs = [apart(x) for x in inputs]
-  figures = map_time_chunks(
-    fn, lambda h: model.unembed(params, h), *inputs, chunk_size=chunk_size
-  )
+
+  def figures_of(params: Any, *inputs: Array) -> Any:
+    return map_time_chunks(
+      fn, lambda h: model.unembed(params, h), *inputs, chunk_size=chunk_size
+    )
+
+  figures = sharding.over_rows(figures_of, params, inputs)
   figures = jax.tree.map(whole, figures)
   if isinstance(packing, Packing):
     return jax.tree.map(lambda x: relaid(x, packing.slot), figures)

@@ -165,10 +165,57 @@ def for_sampling(fn: Callable) -> Callable:
   return ruled
 
 
+def constrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """Ask that an array lie as its logical axes say, where there is a mesh.
+
+  Mesh axes that do not divide it are left out, as are those that a function of
+  one device's part has no say in.
+  """
+  mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+  if not rules or mesh.size == 1:
+    return x
+  names = {name: _free(mesh, where) for name, where in rules}
+  spec = _fitting(mesh, x.shape, [names.get(axis) for axis in axes])
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _free(mesh: Any, axes: Any) -> tuple[str, ...]:
+  """Mesh axes of a rule that the compiler places."""
+  known = (axes,) if isinstance(axes, str) else axes or ()
+  return tuple(a for a in known if a not in mesh.manual_axes)
+
+
 def num_parts() -> int:
   """Devices that share the tokens of a row."""
   axis = dict(nn.get_logical_axis_rules()).get('time')
   return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def over_rows(
+  fn: Callable[..., Any], whole: Any, rows: Sequence[jax.Array]
+) -> Any:
+  """Run a function of rows on each device's own; they are all it needs.
+
+  The gradient of what all devices have is summed over them once, at the end,
+  and not in each turn of a loop inside.
+
+  Args:
+    fn: (whole, *rows) -> a tree of rows.
+    whole: what each device needs all of, along ``BATCH_AXES`` and 'context'.
+    rows: arrays whose leading axis is cut over these.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = (*BATCH_AXES, 'context')
+  if not nn.get_logical_axis_rules() or all(mesh.shape[a] == 1 for a in axes):
+    return fn(whole, *rows)
+  cut = PartitionSpec(axes)
+  return jax.shard_map(
+    fn,
+    in_specs=(PartitionSpec(), *[cut] * len(rows)),
+    out_specs=cut,
+    axis_names=set(axes),
+    check_vma=False,  # or it would sum where they are used, in the loop
+  )(whole, *rows)
 
 
 def by_parts(length: int) -> tuple[Callable, Callable]:

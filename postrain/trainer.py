@@ -9,20 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from postrain import actors, metrics, sharding, workdir
-from postrain.algorithm import make_algorithm
-from postrain.binding import bind
+from postrain import metrics, sharding, workdir
+from postrain.assembly import assemble
 from postrain.checkpoints import Checkpoints
-from postrain.checks import check_assembly, check_lengths
 from postrain.collection import Collector, send
 from postrain.compilation import compiling
-from postrain.critics import check_vocabulary
-from postrain.evaluator import Evaluator
-from postrain.judges import make_environment
 from postrain.preferring import comparisons
-from postrain.programs import Programs
-from postrain.recipe import make_recipe, plain
-from postrain.rehearsal import Rehearsal
+from postrain.recipe import plain
 from postrain.reporting import (
   CURVES,
   Report,
@@ -31,7 +24,6 @@ from postrain.reporting import (
   sample_rows,
 )
 from postrain.rollouts import weighted_sum
-from postrain.states import States
 from postrain.train_step import finish
 from postrain.types import Metrics, TrainState
 
@@ -63,31 +55,12 @@ class Trainer:
   ):
     self.directory = directory
     self.config = plain(config)
-    recipe = make_recipe(config)
-    self.mesh = sharding.make_mesh(**vars(recipe.mesh))
-    self.recipe = recipe = recipe.on(self.mesh.shape)
-    self.environment, judges = make_environment(recipe, self.mesh)
-    self.actor = bind(actors, recipe.model)(self.environment)
-    self.algorithm = make_algorithm(
-      recipe,
-      self.actor.model,
-      pad_id=self.environment.pad_id,
-      stop_ids=self.environment.stop_ids,
-      prompt_length=self.environment.prompt_length,
-    )
-    check_assembly(recipe, self.environment, self.actor.model)
-    check_lengths(recipe, self.environment, self.actor.max_length)
-    if (critic := self.algorithm.critic) is not None:
-      check_vocabulary(critic, self.environment.vocab_size)
-      check_lengths(recipe, self.environment, critic.max_length)
-    self._states = States(recipe, self.actor, self.algorithm, self.mesh)
-    self._evaluator = Evaluator(recipe, self.actor.model, self.environment)
-    self._programs = programs = Programs(
-      recipe, self.environment, self.algorithm, self._states, self._evaluator
-    )
-    self._rehearsal = Rehearsal(programs, judges)
-    with sharding.on(self.mesh):
-      self._rehearsal.check()
+    parts = assemble(config)
+    self.recipe, self.mesh = parts.recipe, parts.mesh
+    self.environment, self.actor = parts.environment, parts.actor
+    self.algorithm, self._states = parts.algorithm, parts.states
+    self._evaluator, self._rehearsal = parts.evaluator, parts.rehearsal
+    self._programs = programs = parts.programs
     self._prepare, self._update = programs.prepare, programs.update
     workdir.claim(directory, self.config, overrides)
 

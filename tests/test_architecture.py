@@ -31,7 +31,7 @@ LAYERS = (
     *('sandbox', 'thinking', 'tokenizers', 'workdir'),
   },
   {
-    *('actors', 'algorithm', 'binding', 'checks', 'collection'),
+    *('actors', 'algorithm', 'assembly', 'binding', 'checks', 'collection'),
     *('compilation', 'control', 'critics', 'judges'),
     *('device_loop', 'drawing', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),

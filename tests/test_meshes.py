@@ -163,7 +163,14 @@ def check_gradients(kind, sizes):
     np.testing.assert_allclose(
       a, b, rtol=1e-5, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path)
     )
-  return set(re.findall(rf' ({"|".join(KINDS)})(?:-start)?\(', text))
+  return {
+    match[1]
+    for line in text.splitlines()
+    if (match := re.search(rf' ({"|".join(KINDS)})(?:-start)?\(', line))
+    # The gradient of looking up rows: a few activations change places, where
+    # else all of the table would be summed.
+    and not ('scatter-add' in line and match[1] == 'all-to-all')
+  }
 
 
 ALLOWED = {

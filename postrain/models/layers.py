@@ -12,11 +12,11 @@ import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from postrain import sharding
 from postrain.models import moe
 from postrain.models.attention import (
   Level,
@@ -48,8 +48,31 @@ def used(param: Any, axes: tuple[str | None, ...], dtype: Any) -> Any:
     )
   if isinstance(param, Stored):
     return param
-  axes = tuple('embed' if axis == 'width' else axis for axis in axes)
-  return with_logical_constraint(jnp.asarray(param, dtype), axes)
+  return _gathered(jnp.asarray(param, dtype), axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(param: Array, axes: tuple[str | None, ...]) -> Array:
+  whole = tuple('embed' if axis == 'width' else axis for axis in axes)
+  return sharding.constrained(param, whole)
+
+
+def _gathered_forward(
+  param: Array, axes: tuple[str | None, ...]
+) -> tuple[Array, None]:
+  return _gathered(param, axes), None
+
+
+def _gathered_backward(
+  axes: tuple[str | None, ...], residual: None, gradient: Array
+) -> tuple[Array]:
+  # Lies as the parameter does, so that it is scattered as it is summed. The
+  # transpose of the constraint would ask for all of it on every device.
+  del residual
+  return (sharding.constrained(gradient, axes),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def product(
@@ -144,7 +167,7 @@ class Block(nn.Module):
     out = product(x, kernel)
     if c.qkv_bias:
       out = self.bias(name, out, axis, 'head_dim')
-    return with_logical_constraint(out, ('batch', 'time', axis, 'head_dim'))
+    return sharding.constrained(out, ('batch', 'time', axis, 'head_dim'))
 
   def attend(self, h: Array, view: View, layer: Layer) -> tuple[Array, Level]:
     """Attention over the past and the new tokens; what the cache holds then."""
@@ -161,7 +184,7 @@ class Block(nn.Module):
       key = rotate(key, view.cos, view.sin)
     # Of all tokens of a row, wherever its devices are; rotated by then.
     key, value = (
-      with_logical_constraint(x, ('batch', 'keys', 'kv_heads', 'head_dim'))
+      sharding.constrained(x, ('batch', 'keys', 'kv_heads', 'head_dim'))
       for x in (key, value)
     )
     level = new_level(key, value)
@@ -201,7 +224,7 @@ class Block(nn.Module):
       inner = act(projected('gate')) * projected('up')
     else:
       inner = act(projected('up'))
-    inner = with_logical_constraint(inner, ('batch', 'time', 'mlp'))
+    inner = sharding.constrained(inner, ('batch', 'time', 'mlp'))
     down = self.weight(
       prefix + 'down', shape[::-1], axes[::-1], scale=residual_scale(c)
     )
@@ -239,7 +262,7 @@ class Block(nn.Module):
       h = self.norm('mlp_post_norm', h, 'width')
     x += h
     captured |= {'mlp': h, 'residual': x}
-    x = with_logical_constraint(x, ('batch', 'time', 'embed'))
+    x = sharding.constrained(x, ('batch', 'time', 'embed'))
     kept = level if keep else None
     return x, (kept, {name: captured[name] for name in self.capture})
 

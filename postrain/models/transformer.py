@@ -6,11 +6,11 @@ from typing import Any
 
 from flax import linen as nn
 from flax import traverse_util
-from flax.linen.spmd import with_logical_constraint
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from postrain import sharding
 from postrain.models.attention import wide_einsum
 from postrain.models.cache import Cache, advance, empty_cache
 from postrain.models.config import Config
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
     x = self.embed(tokens, positions)
     # Padding may hold any id: what it embeds to must not reach a softmax.
     x = jnp.where((segment_ids != 0)[:, :, None], x, 0)
-    x = with_logical_constraint(x, ('batch', 'time', 'embed'))
+    x = sharding.constrained(x, ('batch', 'time', 'embed'))
     views, kinds = layer_views(c, positions, segment_ids, past, own)
     layers = [
       Layer(
