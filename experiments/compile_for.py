@@ -25,19 +25,10 @@ import jax
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from experiments.train import one_line
 from postrain import sharding
 from postrain.assembly import assemble
 from postrain.compilation import Program, footprint, readable
 from postrain.traffic import traffic
-
-FLAGS = flags.FLAGS
-TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips, and how they lie.')
-SLICES = flags.DEFINE_integer('slices', 1, 'Such topologies, over a network.')
-PROGRAMS = flags.DEFINE_list(
-  'programs', [], 'Those to compile (update, prepare, sample); all if none.'
-)
-OUT = flags.DEFINE_string('out', None, 'A JSON file of the figures.')
 
 # GiB that programs may use, of the vendor's tables less what the system keeps.
 MEMORY = {
@@ -70,8 +61,8 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
     return topologies.get_topology_desc(topology, 'tpu', **options).devices
   except Exception as error:  # of what kind the library does not say
     raise ValueError(
-      f'--topology={topology}: {one_line(error)}; known are such as v5e:4x4,'
-      ' v5p:4x4x4, v6e:8x8'
+      f'--topology={topology}: {error}; known are such as v5e:4x4, v5p:4x4x4,'
+      ' v6e:8x8'
     ) from error
 
 
@@ -139,20 +130,25 @@ def line(program: Program, figures: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
   del argv
+  given = flags.FLAGS
   try:
-    devices = devices_of(TOPOLOGY.value, SLICES.value)
-    found = report(CONFIG.value, devices, PROGRAMS.value)
+    devices = devices_of(given.topology, given.slices)
+    found = report(given.config, devices, given.programs)
   except ValueError as error:
-    sys.exit(one_line(error))
-  found['topology'] = TOPOLOGY.value
-  if OUT.value:
-    with open(OUT.value, 'w') as file:
+    sys.exit(f'error: {" ".join(str(error).split())}')
+  found = {'topology': given.topology, 'slices': given.slices, **found}
+  if given.out:
+    with open(given.out, 'w') as file:
       json.dump(found, file, indent=1)
   if not all(each['fits'] for each in found['programs'].values()):
     sys.exit('does not fit')
 
 
 if __name__ == '__main__':
-  CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe.')
+  config_flags.DEFINE_config_file('config', None, 'The recipe.')
+  flags.DEFINE_string('topology', None, 'Chips, and how they lie.')
+  flags.DEFINE_integer('slices', 1, 'Such topologies, over a network.')
+  flags.DEFINE_list('programs', [], 'Those to compile; all if none.')
+  flags.DEFINE_string('out', None, 'A JSON file of the figures.')
   flags.mark_flags_as_required(['config', 'topology'])
   app.run(main)
