@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from postrain import actors, metrics, sharding, workdir
+from postrain.adapted import trainable
 from postrain.algorithm import make_algorithm
 from postrain.binding import bind
 from postrain.checkpoints import Checkpoints
@@ -19,7 +20,7 @@ from postrain.compilation import compiling
 from postrain.critics import check_vocabulary
 from postrain.evaluator import Evaluator
 from postrain.judges import make_environment
-from postrain.preferring import comparisons
+from postrain.pairing import Pairing
 from postrain.programs import Programs
 from postrain.recipe import make_recipe, plain
 from postrain.rehearsal import Rehearsal
@@ -87,6 +88,7 @@ class Trainer:
     self._rehearsal = Rehearsal(programs, judges)
     with sharding.on(self.mesh):
       self._rehearsal.check()
+    self._pairing = Pairing(recipe, self.environment, self.mesh, programs)
     self._prepare, self._update = programs.prepare, programs.update
     workdir.claim(directory, self.config, overrides)
 
@@ -192,10 +194,11 @@ class Trainer:
   def _prefer(
     self, state: TrainState, step: int, report: Report
   ) -> tuple[TrainState, Tell]:
-    choices = self.recipe.preference
-    units = comparisons(self.recipe, self.environment).units(
-      step, choices.batch_size, choices.num_examples
-    )
+    every = self.recipe.preference.reference_every
+    if every is not None and step and step % every == 0:
+      reference = self._programs.refresh(trainable(state.params))
+      state = dataclasses.replace(state, ref_params=reference)
+    units = self._pairing.units(state, step, report)
     return self._offline(*self._programs.prefer(state, units), report)
 
   def _offline(

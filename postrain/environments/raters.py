@@ -13,7 +13,7 @@ from postrain.binding import check_arguments
 from postrain.environments.record import Comparisons, Units, rows_of
 from postrain.keys import run_key
 from postrain.tasks import labels
-from postrain.types import Batch, Task
+from postrain.types import Batch, Prompts, Samples, Task
 
 # How raters speak, and the arrays that come of it.
 KINDS = {
@@ -69,6 +69,18 @@ def _comparisons(
     )
     return rows_of(all_of_them(num_examples), numbers, unit_size)
 
+  @jax.jit
+  def compared(key: Any, prompts: Any, samples: Any) -> Units:
+    paired = (x.reshape(len(prompts[0]), 2, -1) for x in samples)
+    drawn = labels.Candidates(*prompts, *paired)
+    batch = labels.pairs(task, drawn, key, **_shared(rater))
+    return Units(batch.tokens, batch.valid, batch.mask, {})
+
+  def compare(step: int, prompts: Prompts, samples: Samples) -> Units:
+    key = run_key(seed, 'raters', step)
+    written = (samples.tokens, samples.mask)
+    return jax.device_get(compared(key, prompts[:2], written))
+
   length = task.prompt_length + task.completion_length
   return Comparisons(
     unit_size=unit_size,
@@ -79,6 +91,7 @@ def _comparisons(
     held_out=lambda number: jax.device_get(
       draw_pairs(run_key(seed, 'held_out_preferences'), number, held_out=True)
     ),
+    compare=compare,
   )
 
 
