@@ -5,8 +5,9 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from experiments.preferences.common import made, run_config
+from experiments.preferences.common import RULE, made, run_config, spread
 from postrain.tasks.labels import pair_accuracy
 from postrain.trainer import Trainer
 from postrain.types import Batch
@@ -57,3 +58,15 @@ def study(path: pathlib.Path, seeds: range) -> dict[str, Any]:
       })  # fmt: skip
       print(loss, seed, found[loss][-1], found['oracle'][seed], flush=True)
   return found
+
+
+def table(found: dict[str, Any]) -> str:
+  lines = ['| | held-out pair accuracy | less that of gold | ECE |', RULE]
+  oracle = found.pop('oracle')
+  lines.append(f'| gold | {spread(oracle)} | | |')
+  for loss, rows in found.items():
+    accuracy = [row['accuracy'] for row in rows]
+    gaps = np.subtract(accuracy, oracle).tolist()
+    ece = spread([row['ece'] for row in rows])
+    lines.append(f'| `{loss}` | {spread(accuracy)} | {spread(gaps)} | {ece} |')
+  return '\n'.join(lines)
