@@ -1,15 +1,19 @@
 """Pairs that the policy writes, beside given ones that are far from it.
 
-The same raters and the same number of steps; PPO maximises a reward model of
-these raters.
+The same raters and the same number of steps; PPO maximises the
+hidden reward itself.
 """
 
 import pathlib
 from typing import Any
 
-from experiments.preferences import direct, optimized, scores
-from experiments.preferences.common import make_measure, policies, run_config
-from postrain.trainer import Trainer
+from experiments.preferences import direct, optimized
+from experiments.preferences.common import (
+  SCALE,
+  make_measure,
+  policies,
+  run_config,
+)
 
 METHODS = ('given', 'online', 'iterative', 'ppo')
 # Of six words, padding and stop: the given pairs are of those who write nearly
@@ -32,11 +36,10 @@ def config_of(method: str, seed: int) -> Any:
   return config
 
 
-def ppo(path: pathlib.Path, seed: int) -> Any:
-  """PPO with its KL held, against a reward model of unbiased raters."""
-  directory = path / f'bradley_terry-{seed}'
-  Trainer(scores.config_of('bradley_terry', seed), str(directory)).run()
-  config = optimized.config_of(str(directory / 'export'), seed, held=True)
+def ppo(seed: int) -> Any:
+  """PPO with its KL held, on what the raters mean by what they say."""
+  config = optimized.config_of('', seed, held=True)
+  config.rewards = dict(gold=dict(name='gold', weight=SCALE))
   config.rl.num_iterations = NUM_ITERATIONS
   config.checkpoint.update(every=EVERY, keep=NUM_ITERATIONS)
   return config
@@ -47,7 +50,7 @@ def study(path: pathlib.Path, seeds: range) -> dict[str, Any]:
   for method in METHODS:
     curves = []
     for seed in seeds:
-      config = ppo(path, seed) if method == 'ppo' else config_of(method, seed)
+      config = ppo(seed) if method == 'ppo' else config_of(method, seed)
       trained = policies(config, path / f'{method}-{seed}')
       curves.append([measure(p, trained[0]) for p in trained.values()])
       gold, divergence = curves[-1][-1]
