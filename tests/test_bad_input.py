@@ -282,6 +282,11 @@ FIELDS = [
     {'environment.num_completions': 1},
     'num_completions=1: a ranking has at least 2',
   ),
+  (
+    'preference',
+    {'environment.writer_logits': (0.0,) * 4},
+    'writer_logits has 4 numbers: give one for each of 5 token ids',
+  ),
   *(
     ('scores', {path: value}, f"{path}={value!r} with preference.learns='rew")
     for path, value in (('sft.num_steps', 1), ('rl.num_iterations', 1))

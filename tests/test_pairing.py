@@ -30,7 +30,7 @@ PROMPTS = Prompts(
 
 
 def writing(source: str, **changes: Any) -> ConfigDict:
-  config = tiny.preference()
+  config = tiny.preference('online')
   config.preference.update(source=source, num_examples=None, **changes)
   config.evaluation.every = 0
   config.checkpoint.export = False
@@ -50,7 +50,7 @@ def sampled(environment: Environment, tokens: list) -> Samples:
   return Samples(rows, mask, zeros, zeros, np.zeros(len(rows), bool))
 
 
-def test_the_completion_with_more_reward_is_chosen() -> None:
+def test_m27_the_completion_with_more_reward_is_chosen() -> None:
   _, environment = assembled(writing('rewards'))
   units = rewarded(environment, PROMPTS, sampled(environment, ROWS))
   wanted = [1, 2, *GOOD], [1, 2, *BAD]
@@ -64,7 +64,7 @@ def test_the_completion_with_more_reward_is_chosen() -> None:
   assert not units.mask[4:].any()
 
 
-def test_raters_who_never_err_prefer_by_gold() -> None:
+def test_m27_raters_who_never_err_prefer_by_gold() -> None:
   config = writing('raters')
   config.environment.rater = dict(scale=math.inf, tie_width=0.0)
   recipe, environment = assembled(config)
@@ -75,7 +75,7 @@ def test_raters_who_never_err_prefer_by_gold() -> None:
   close(tuple(units), tuple(rewarded(environment, PROMPTS, samples)), atol=0)
 
 
-def test_a_demonstration_is_preferred_to_a_sample(
+def test_m28_a_demonstration_is_preferred_to_a_sample(
   tmp_path: pathlib.Path,
 ) -> None:
   config = written('pairs', tmp_path)
@@ -104,7 +104,7 @@ def test_a_demonstration_is_preferred_to_a_sample(
   'source',
   ['self_play', *(pytest.param(s, marks=SLOW) for s in ('raters', 'rewards'))],
 )
-def test_a_killed_run_writes_the_same_pairs(
+def test_m27_m28_a_killed_run_writes_the_same_pairs(
   source: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   config = writing(source, num_steps=4, reference_every=2)
