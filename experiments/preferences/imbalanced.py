@@ -11,7 +11,7 @@ from experiments.preferences import direct
 from experiments.preferences.common import make_measure, policies, run_config
 
 SHARE = 0.1
-WEIGHTS = {'1/9': 1.0, '1': 9.0, '4/3': 12.0}
+WEIGHTS = {'1/9': 1.0, '4/3': 12.0}
 
 draw, table = direct.draw, direct.table
 
