@@ -90,6 +90,8 @@ def get_config() -> ConfigDict:
         num_examples=config_dict.placeholder(int),
         num_micro_batches=1,
         learns='policy',
+        source='dataset',
+        reference_every=config_dict.placeholder(int),
         data='pairs',
         loss=dict(name='dpo', beta=0.1),
         sft_coef=config_dict.placeholder(float),

@@ -5,8 +5,8 @@
 
 The task is `postrain.tasks.preference`: raters prefer by a hidden reward
 ``gold``, which the figures of a policy show and no learner sees. The losses
-are those of `configs.presets.PREFERENCES`, as in the papers; two reward models
-stand beside them.
+are those of `configs.presets.PREFERENCES`, as in the papers; beside them stand
+two reward models, and DPO of pairs that the policy writes.
 """
 
 from ml_collections import ConfigDict
@@ -16,11 +16,18 @@ from configs import base, presets
 DATA = {'kto': 'unpaired', 'plackett_luce': 'rankings'}
 REWARD_MODELS = ('bradley_terry', 'plackett_luce')
 NAMES = (*presets.PREFERENCES, *REWARD_MODELS)
+# DPO of pairs that the policy writes.
+WRITTEN = {
+  'online': dict(source='raters'),
+  'iterative': dict(source='raters', reference_every=50),
+  'spin': dict(source='self_play', reference_every=50),
+}
 
 
 def get_config(name: str = 'dpo') -> ConfigDict:
-  if name not in NAMES:
-    raise ValueError(f'{name!r} is no method; there are: {", ".join(NAMES)}')
+  names = (*NAMES, *WRITTEN)
+  if name not in names:
+    raise ValueError(f'{name!r} is no method; there are: {", ".join(names)}')
   config = base.get_config()
   config.environment = dict(
     name='task', task=dict(name='preference'), rater=dict(scale=20.0)
@@ -39,6 +46,8 @@ def get_config(name: str = 'dpo') -> ConfigDict:
     config.preference.learns = 'reward_model'
     config.preference.loss = dict(name=name)
     config.model.update(head='sequence_labels', num_labels=1)
+  elif name in WRITTEN:
+    config.preference.update(**WRITTEN[name], num_examples=None)
   else:
     config.preference.loss = presets.preset(f'{name}/paper')['loss']
   config.evaluation.every = 50

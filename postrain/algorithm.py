@@ -30,7 +30,7 @@ from postrain.couplings import (
   with_expert_shares,
   with_selection,
 )
-from postrain.drawing import make_extend, make_sample
+from postrain.drawing import make_extend, make_sample, make_write
 from postrain.preferring import Preferring, make_preferring
 from postrain.preparation import bind_advantage, make_prepare, uses_reference
 from postrain.recipe import Block, Recipe
@@ -66,6 +66,8 @@ class Algorithm(NamedTuple):
       masks that draw.
     imitate: (state, tokens, valid, mask, packing=None) -> (state, Metrics): one
       supervised step.
+    write: (params, ref_params, prompts, prompt_mask, key, prompt_ids) ->
+      Samples that the stage on preferences compares; None where they are given.
     control: (kl_coef, reference/kl_sequence of `prepare`) -> kl_coef of the
       next iteration; None where it is fixed.
     move_reference: (ref_params, params, iteration) -> ref_params.
@@ -82,6 +84,7 @@ class Algorithm(NamedTuple):
   prepare: Callable[..., tuple[Batch, Metrics, dict[str, Any]]]
   update: Callable[..., tuple[Any, Metrics]]
   imitate: Callable[..., tuple[Any, Metrics]]
+  write: Callable[..., Samples] | None
   control: Callable[..., Any] | None
   move_reference: Callable[..., Params]
   rl_optimizer: optax.GradientTransformation
@@ -124,6 +127,7 @@ def make_algorithm(
     prepare=make_prepare(recipe, model, estimator, advantage, critic_model),
     update=_make_update(recipe, model, rl_optimizer, critic_model),
     imitate=_make_imitate(recipe, model, sft_optimizer),
+    write=make_write(recipe, model, pad_id, stop_ids),
     control=make_control(recipe),
     move_reference=make_move_reference(recipe),
     rl_optimizer=rl_optimizer,

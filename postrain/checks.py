@@ -9,7 +9,8 @@ from postrain import advantages
 from postrain.binding import bind
 from postrain.critics import check_critic
 from postrain.environments import Environment
-from postrain.preferring import check_preference, comparisons
+from postrain.preference_checks import check_preference
+from postrain.preferring import comparisons
 from postrain.preparation import uses_reference
 from postrain.recipe import Recipe
 from postrain.types import Model, Samples

@@ -31,6 +31,8 @@ REMEDIES = {
   'move_reference': WHOLE,
   'prefer': ('a larger preference.num_micro_batches', REMAT, 'mesh.fsdp'),
   'begin': WHOLE,
+  'refresh': WHOLE,
+  'write': ('a smaller preference.batch_size', *PARTS[1:]),
 }
 SMALL = ('a smaller rl.num_prompts',)
 

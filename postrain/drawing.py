@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from postrain.adapted import bases, rejoined
 from postrain.recipe import Recipe
 from postrain.sampling import extend, sample, sample_in_slots
 from postrain.types import Model, Params, Samples
@@ -52,6 +53,26 @@ def make_sample(
     )
 
   return draw
+
+
+def make_write(
+  recipe: Recipe, model: Model, pad_id: int, stop_ids: tuple[int, ...]
+) -> Callable[..., Samples] | None:
+  """Make ``write`` of it; None where preferences are given."""
+  source = recipe.preference.source
+  if source == 'dataset':
+    return None
+  number = 1 if source == 'self_play' else 2
+  sampling = dataclasses.replace(recipe.sampling, num_samples=number)
+  chosen = dataclasses.replace(recipe, sampling=sampling)
+  draw = make_sample(chosen, model, pad_id, stop_ids)
+
+  def write(params: Any, reference: Params | None, *rest: Any) -> Samples:
+    if source == 'self_play':
+      params = {'actor': rejoined(reference, bases(params['actor']))}
+    return draw(params, *rest)
+
+  return write
 
 
 def make_extend(

@@ -15,6 +15,8 @@ PURPOSES = (
   'critic',
   'preferences',
   'held_out_preferences',
+  'pairs',
+  'raters',
 )
 
 

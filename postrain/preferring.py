@@ -5,10 +5,8 @@ the loss asks for: the log-probs of the reference, the reference point of KTO.
 """
 
 from collections.abc import Callable, Mapping
-import inspect
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -22,21 +20,7 @@ from postrain.recipe import Recipe
 from postrain.reward_models import completion_objective, completion_scores
 from postrain.scoring import score
 from postrain.train_step import make_train_step
-from postrain.types import Batch, Metrics, Model, Objective, Params
-
-# The arrays that losses may ask for: of what learns, and of what data.
-AVAILABLE = {
-  ('policy', 'pairs'): {
-    *('chosen', 'rejected', 'ref_chosen', 'ref_rejected'),
-    *('chosen_lengths', 'rejected_lengths'),
-  },
-  ('policy', 'unpaired'): {
-    *('logprobs', 'ref_logprobs', 'desirable', 'reference_point'),
-  },
-  ('reward_model', 'pairs'): {'chosen', 'rejected', 'margins'},
-  ('reward_model', 'rankings'): {'rewards', 'ranks', 'where'},
-  ('reward_model', 'unpaired'): {'scores', 'labels'},
-}
+from postrain.types import Batch, Mean, Metrics, Model, Objective, Params
 
 
 class Preferring(NamedTuple):
@@ -93,7 +77,10 @@ def make_preferring(
       labels = arrays['desirable'].astype(jnp.float32)
       batch = with_array(batch, 'labels', labels)
     batch = refer(state.params['actor'], reference, batch)
-    return step(state, {}, weigh_units(batch, sft_aggregation=sft))
+    state, told = step(state, {}, weigh_units(batch, sft_aggregation=sft))
+    if choices.source in ('raters', 'rewards'):
+      told = {**told, 'preference/untied': _untied(batch)}
+    return state, told
 
   return Preferring(
     prefer=prefer,
@@ -103,12 +90,20 @@ def make_preferring(
   )
 
 
+def _untied(batch: Batch) -> Mean:
+  """The share of pairs that somebody put in order."""
+  full = batch.mask[::2].any(-1)
+  return Mean(full.sum(dtype=jnp.float32), jnp.float32(len(full)))
+
+
 def comparisons(recipe: Recipe, environment: Environment) -> Comparisons:
   """The preferences that the stage learns from.
 
   Raises:
     ValueError: the environment has none, or they are none of this kind.
   """
+  if recipe.preference.source != 'dataset':
+    return _written(recipe, environment)
   if environment.preferences is None:
     raise ValueError(
       f'preference.num_steps={recipe.preference.num_steps}, but environment'
@@ -119,118 +114,20 @@ def comparisons(recipe: Recipe, environment: Environment) -> Comparisons:
   return environment.preferences(recipe.preference.data)
 
 
-def check_preference(
-  recipe: Recipe, environment: Environment, model: Model
-) -> None:
-  """Refuse what cannot be learnt from, or not with this loss or model.
-
-  Raises:
-    ValueError: names what does not fit and what would.
-  """
-  _check_loss(recipe)
-  _check_coefs(recipe)
-  held_out = comparisons(recipe, environment).held_out
-  if recipe.evaluation.every and held_out is None:
-    raise ValueError(
-      f'evaluation.every={recipe.evaluation.every} of a run on preferences,'
-      ' but none are held out: name their file, or set evaluation.every=0'
-    )
-  _check_model(recipe, model)
-
-
-def _check_loss(recipe: Recipe) -> None:
-  choices = recipe.preference
-  loss, name = bind(losses, choices.loss), choices.loss['name']
-  chosen = f'preference.learns={choices.learns!r} and .data={choices.data!r}'
-  given = AVAILABLE.get((choices.learns, choices.data))
-  if given is None:
-    raise ValueError(
-      f'{chosen}: a policy learns from pairs or single completions; set .data,'
-      " or .learns='reward_model'"
-    )
-  empty = inspect.Parameter.empty
-  needed = {k for k, default in asked(loss).items() if default is empty}
-  scores = loss.func.__module__ == 'postrain.losses.reward_models'
-  ours = loss.func.__module__.startswith('postrain.')
-  if not needed <= given or (ours and scores != (choices.learns != 'policy')):
-    fitting = [
-      f'{learns!r} and {kind!r}'
-      for (learns, kind), names in AVAILABLE.items()
-      if needed <= names and scores == (learns != 'policy')
-    ]
-    raise ValueError(
-      f'preference.loss {name!r} asks for {", ".join(sorted(needed))}, which is'
-      f' not what {chosen} have; it fits {" or ".join(fitting) or "neither"}'
-    )
-  if 'reference_point' in needed and choices.batch_size == 1:
-    raise ValueError(
-      f'preference.batch_size=1 with loss {name!r}: its reference point is'
-      ' measured on completions of other prompts; take at least 2'
-    )
-  if name == 'aot' and choices.num_micro_batches > 1:
-    raise ValueError(
-      f'preference.num_micro_batches={choices.num_micro_batches} with loss'
-      " 'aot', which sorts the whole batch: set it to 1"
-    )
-
-
-def _check_coefs(recipe: Recipe) -> None:
-  choices = recipe.preference
-  likelihood = (choices.learns, choices.data) == ('policy', 'pairs')
-  centred = (choices.learns, choices.data) == ('reward_model', 'pairs')
-  for field, value, fits, needed in (
-    ('sft_coef', choices.sft_coef, likelihood, 'a policy on pairs'),
-    ('centering_coef', choices.centering_coef, centred, 'scores of pairs'),
-  ):
-    if value is not None and not fits:
-      raise ValueError(
-        f'preference.{field}={value} with preference.learns='
-        f'{choices.learns!r} and .data={choices.data!r}: it is for {needed};'
-        ' set it to None'
-      )
-
-
-def _check_model(recipe: Recipe, model: Model) -> None:
-  """A policy has logits of words, a reward model one or two of labels."""
-  choices = recipe.preference
-  width = _width(model)
-  if choices.learns == 'policy':
-    if width != model.vocab_size:
-      raise ValueError(
-        f"preference.learns='policy', but the model gives {width} numbers a"
-        f' position, not {model.vocab_size} logits: set model.head to'
-        " 'language_model', or .learns='reward_model'"
-      )
-    return
-  if width > 2:
-    raise ValueError(
-      f"preference.learns='reward_model', but the model gives {width} numbers a"
-      " position: set model.head='sequence_labels' and model.num_labels=1"
-    )
-  for field, value in (
-    ('sft.num_steps', recipe.sft.num_steps),
-    ('rl.num_iterations', recipe.rl.num_iterations),
-  ):
-    if value:
-      raise ValueError(
-        f"{field}={value} with preference.learns='reward_model': a model that"
-        ' scores writes nothing; set it to 0, and give the export to a run of'
-        ' its own'
-      )
-
-
-def _width(model: Model) -> int:
-  """Numbers that a model gives for each position."""
-
-  def logits() -> Any:  # all of it traced: nothing is compiled for an error
-    params = model.init(jax.random.key(0))
-    blank = jnp.zeros((1, 1), jnp.int32)
-    states, _ = model.hidden(
-      params, blank, positions=blank, segment_ids=blank + 1
-    )
-    return model.unembed(params, states)
-
-  return jax.eval_shape(logits).shape[-1]
+def _written(recipe: Recipe, environment: Environment) -> Comparisons:
+  """Pairs that the policy writes, so far as they are known before."""
+  length = environment.prompt_length + recipe.sampling.max_new_tokens
+  known = environment.preferences and environment.preferences('pairs')
+  raters = recipe.preference.source == 'raters'
+  return Comparisons(
+    unit_size=2,
+    length=length,
+    dtypes={},
+    units=None,
+    lengths=lambda *_: {length},
+    held_out=known.held_out if known else None,
+    compare=known.compare if known and raters else None,
+  )
 
 
 def uses_reference(loss: Callable) -> bool:

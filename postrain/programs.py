@@ -75,7 +75,7 @@ class Programs:
     )
     self.jit_prefer, self.judging = None, None
     if algorithm.preferring is not None:
-      self._make_preferring(algorithm.preferring)
+      self._make_preferring(algorithm.preferring, algorithm.write)
     self.move_reference = algorithm.move_reference
     if recipe.reference.update != 'frozen':
       self.move_reference = jax.jit(
@@ -90,13 +90,20 @@ class Programs:
     )
     self.merge = jax.jit(_merge)
 
-  def _make_preferring(self, preferring: Preferring) -> None:
+  def _make_preferring(
+    self, preferring: Preferring, write: Callable[..., Samples] | None
+  ) -> None:
     mesh, recipe = self.states.mesh, self.recipe
     changed, _ = apart(sharding.of(self.shapes.preferring))
     self.jit_prefer: Any = jax.jit(
       preferring.prefer,
       donate_argnums=0,
       out_shardings=(changed, sharding.replicated(mesh)),
+    )
+    self.write: Any = write and jax.jit(write)
+    self.refresh: Any = jax.jit(
+      lambda params: jax.tree.map(jnp.copy, params['actor']),
+      out_shardings=sharding.of(self.shapes.preferring.ref_params),
     )
     held_out = comparisons(recipe, self.environment).held_out
     if recipe.evaluation.every and held_out is not None:

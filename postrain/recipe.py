@@ -193,6 +193,7 @@ def _check_present(recipe: Recipe) -> None:
     ('rl.row_length', recipe.rl.row_length),
     ('sft.num_examples', recipe.sft.num_examples),
     ('preference.num_examples', recipe.preference.num_examples),
+    ('preference.reference_every', recipe.preference.reference_every),
     ('machine.memory_limit', recipe.machine.memory_limit),
     ('sampling.top_k', recipe.sampling.top_k),
     ('sampling.num_slots', recipe.sampling.num_slots),

@@ -38,6 +38,7 @@ class Rehearsal:
     if self.recipe.preference.num_steps:
       units = comparisons(self.recipe, self.environment)
       self._preferring(units.length)
+      self._writing()
     if self.recipe.rl.num_iterations:
       self._learning(self.environment.prompt_length)
       self._drawing(self.environment.prompt_length)
@@ -75,7 +76,8 @@ class Rehearsal:
       found += _longest_first(self._supervised, lengths)
     if recipe.evaluation.every:
       found += self._exams()
-    if iterations or recipe.evaluation.every:
+    rewarded = start < offline and recipe.preference.source == 'rewards'
+    if iterations or recipe.evaluation.every or rewarded:
       found += self._judges()
     return found
 
@@ -169,7 +171,23 @@ class Rehearsal:
     lengths = comparisons(self.recipe, self.environment).lengths(
       steps, choices.batch_size, choices.num_examples
     )
-    return _longest_first(self._preferring, lengths)
+    return self._writing() + _longest_first(self._preferring, lengths)
+
+  def _writing(self) -> list[Program]:
+    """What writes the pairs of a step, and what refreshes the reference."""
+    choices, state = self.recipe.preference, self.shapes.preferring
+    found: list[Program] = []
+    if choices.source != 'dataset':
+      slots = self.environment.prompt_length
+      prompts = self.shapes.prompts(choices.batch_size, slots)
+      params = (state.params, state.ref_params)
+      traced = self.programs.write.trace(*params, *prompts)
+      found.append(self._program('write', traced, state, params))
+    if choices.reference_every is not None:
+      params = trainable(state.params)
+      traced = self.programs.refresh.trace(params)
+      found.append(self._program('refresh', traced, state, params))
+    return found
 
   def _preferring(self, length: int) -> list[Program]:
     state = self.shapes.preferring

@@ -28,9 +28,9 @@ class Supervised:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preference:
-  """The offline part: ``num_steps`` steps on what people preferred.
+  """``num_steps`` steps on what is preferred to what.
 
-  Its reference is the policy at its start.
+  Its reference is the policy at its start, or that of a later step.
   """
 
   num_steps: int
@@ -38,6 +38,10 @@ class Preference:
   num_examples: int | None  # distinct units; None for all there are
   num_micro_batches: int
   learns: typing.Literal['policy', 'reward_model']
+  # Given pairs; two completions of the policy, compared by raters or rewards;
+  # or demonstrations, preferred to completions of the reference.
+  source: typing.Literal['dataset', 'raters', 'rewards', 'self_play']
+  reference_every: int | None  # steps between its refreshes; None: it stays
   data: typing.Literal['pairs', 'rankings', 'unpaired']
   loss: Block
   sft_coef: Scalar | None  # of the likelihood of the chosen, a mean over tokens

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from postrain import metrics, sharding, workdir
+from postrain.adapted import trainable
 from postrain.assembly import assemble
 from postrain.checkpoints import Checkpoints
 from postrain.collection import Collector, send
 from postrain.compilation import compiling
 from postrain.preferring import comparisons
+from postrain.pairing import Pairing
 from postrain.recipe import plain
 from postrain.reporting import (
   CURVES,
@@ -61,6 +63,7 @@ class Trainer:
     self.algorithm, self._states = parts.algorithm, parts.states
     self._evaluator, self._rehearsal = parts.evaluator, parts.rehearsal
     self._programs = programs = parts.programs
+    self._pairing = Pairing(self.recipe, self.environment, self.mesh, programs)
     self._prepare, self._update = programs.prepare, programs.update
     workdir.claim(directory, self.config, overrides)
 
@@ -166,10 +169,11 @@ class Trainer:
   def _prefer(
     self, state: TrainState, step: int, report: Report
   ) -> tuple[TrainState, Tell]:
-    choices = self.recipe.preference
-    units = comparisons(self.recipe, self.environment).units(
-      step, choices.batch_size, choices.num_examples
-    )
+    every = self.recipe.preference.reference_every
+    if every is not None and step and step % every == 0:
+      reference = self._programs.refresh(trainable(state.params))
+      state = dataclasses.replace(state, ref_params=reference)
+    units = self._pairing.units(state, step, report)
     return self._offline(*self._programs.prefer(state, units), report)
 
   def _offline(

@@ -210,6 +210,40 @@ FIELDS = [
       ('loss', {'name': 'ppo_clip'}, "'ppo_clip' asks .* it fits neither"),
       ('centering_coef', 0.1, 'centering_coef=0.1 .* scores of pairs'),
       ('optimizer.name', 'adan', "did you mean 'adam'"),
+      ('source', 'judges', "source='judges'"),
+      ('source', 'rewards', "'rewards' with .num_examples=8: prompts are"),
+      ('reference_every', 0, 'preference.reference_every=0'),
+    )
+  ),
+  (
+    'preference',
+    {
+      'preference.source': 'raters',
+      'preference.data': 'unpaired',
+      'preference.loss': {'name': 'kto'},
+    },
+    "'raters' with .learns='policy' and .data='unpaired': the policy writes",
+  ),
+  *(
+    ('preference', {'preference.loss': {'name': 'simpo'}, path: value}, message)
+    for path, value, message in (
+      ('preference.source', 'self_play', "'simpo', which reads no reference"),
+      ('preference.reference_every', 2, "=2, but loss 'simpo' reads no refe"),
+    )
+  ),
+  *(
+    (
+      'text',
+      {
+        'environment.completion': None,
+        'preference.num_steps': 1,
+        'preference.source': source,
+      },
+      message,
+    )
+    for source, message in (
+      ('raters', "'text', which has no raters: take a task"),
+      ('self_play', "'text', which has no demonstrations: name their field"),
     )
   ),
   (
@@ -247,6 +281,11 @@ FIELDS = [
     'preference',
     {'environment.num_completions': 1},
     'num_completions=1: a ranking has at least 2',
+  ),
+  (
+    'preference',
+    {'environment.writer_logits': (0.0,) * 4},
+    'writer_logits has 4 numbers: give one for each of 5 token ids',
   ),
   *(
     ('scores', {path: value}, f"{path}={value!r} with preference.learns='rew")

@@ -64,8 +64,8 @@ METHODS = {
   24: ('KTO', 'losses.kto losses.kto_reference_point'),
   25: ('ORPO', 'losses.orpo'),
   26: ('SimPO', 'losses.simpo losses.cpo'),
-  27: ('online DPO', 'losses.dpo'),
-  28: ('SPIN', 'losses.dpo'),
+  27: ('online DPO', 'losses.dpo pairing.rewarded'),
+  28: ('SPIN', 'losses.dpo pairing.demonstrations pairing.beside'),
   29: ('group advantage', 'advantages.group_normalized'
        ' advantages.batch_normalized'),
   30: ('GRPO', 'losses.ppo_clip aggregation.sequence_mean'),

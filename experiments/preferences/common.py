@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs import base
 from postrain import actors, environments, sharding
@@ -21,6 +22,7 @@ from postrain.types import Params
 
 LENGTH = 6  # tokens of a completion
 SCALE = 20.0  # of the raters
+RULE = '|' + ' --- |' * 4
 
 
 def run_config(seed: int) -> Any:
@@ -92,3 +94,11 @@ def policies(config: Any, directory: pathlib.Path) -> dict[int, Params]:
       state = checkpoints.restore(step, states.stored(step))
       found[step] = state.params['actor']
   return found
+
+
+def spread(values: Any) -> str:
+  """Mean, least and most over seeds."""
+  known = [v for v in values if v is not None]
+  if len(known) < len(values):
+    return f'{len(known)} of {len(values)} seeds get there'
+  return f'{np.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})'

@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 
 from configs import presets
-from experiments.preferences.common import make_measure, policies, run_config
+from experiments.preferences.common import (
+  RULE,
+  make_measure,
+  policies,
+  run_config,
+  spread,
+)
 
 METHODS = ('dpo', 'ipo', 'kto', 'orpo', 'simpo', 'cpo', 'hinge', 'robust')
 NUM_STEPS, EVERY = 200, 20
@@ -53,3 +59,35 @@ def gold_at(curve: Any, divergence: float) -> float | None:
     return float(gold[0])
   share = (divergence - kl[i - 1]) / (kl[i] - kl[i - 1])
   return float(gold[i - 1] + share * (gold[i] - gold[i - 1]))
+
+
+def table(found: dict[str, Any]) -> str:
+  lines = [
+    f'| method | gold at a KL of {AT} | best gold | last gold, KL |',
+    RULE,
+  ]
+  for method, curves in found.items():
+    at = spread([gold_at(curve, AT) for curve in curves])
+    best = spread([max(gold for gold, _ in curve) for curve in curves])
+    gold, divergence = np.array(curves)[:, -1].mean(0)
+    last = f'{gold:.3f}, {divergence:.2f}'
+    lines.append(f'| `{method}` | {at} | {best} | {last} |')
+  return '\n'.join(lines)
+
+
+def draw(found: dict[str, Any], path: pathlib.Path) -> None:
+  from matplotlib.figure import Figure
+
+  figure = Figure((5.6, 3.6), layout='constrained')
+  axes = figure.subplots()
+  axes.set(xlabel='√KL to the reference', ylabel='hidden reward')
+  axes.grid(alpha=0.3)
+  for number, (method, curves) in enumerate(found.items()):
+    for i, curve in enumerate(curves):
+      gold, divergence = np.array(curve).T
+      axes.plot(
+        np.sqrt(np.maximum(divergence, 0)), gold, f'C{number}', lw=0.9,
+        label=None if i else method,
+      )  # fmt: skip
+  axes.legend(fontsize='x-small', ncols=2)
+  figure.savefig(path, dpi=80)

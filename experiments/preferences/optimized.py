@@ -8,9 +8,17 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from configs import base
 from experiments.preferences import scores
-from experiments.preferences.common import LENGTH, SCALE, run_config
+from experiments.preferences.common import (
+  LENGTH,
+  RULE,
+  SCALE,
+  run_config,
+  spread,
+)
 from postrain.trainer import Trainer
 
 BIAS = 13.0
@@ -24,7 +32,10 @@ def proxy(path: pathlib.Path, seed: int) -> str:
   """The directory of a reward model of biased raters."""
   config = scores.config_of('bradley_terry', seed)
   config.preference.num_steps = NUM_STEPS
-  config.preference.optimizer.total_steps = NUM_STEPS
+  config.preference.optimizer.update(
+    learning_rate=3e-3, schedule='linear', warmup_steps=0, b2=0.99,
+    total_steps=NUM_STEPS,
+  )  # fmt: skip
   config.environment.rater = dict(scale=SCALE, feature='disliked', bias=BIAS)
   directory = path / f'proxy-{seed}'
   Trainer(config, str(directory)).run()
@@ -70,3 +81,37 @@ def study(path: pathlib.Path, seeds: range) -> dict[str, Any]:
       rows = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
       curves.append([[row[f] for f in FIGURES] for row in rows])
   return found
+
+
+def table(found: dict[str, Any]) -> str:
+  lines = ['| PPO | best gold | last gold | last proxy less first |', RULE]
+  for name, runs in found.items():
+    gold, proxy, _ = np.moveaxis(np.array(runs), -1, 0)  # seed, iteration
+    figures = gold.max(1), gold[:, -10:].mean(1), proxy[:, -1] - proxy[:, 0]
+    cells = ' | '.join(spread(x.tolist()) for x in figures)
+    lines.append(f'| {name} | {cells} |')
+  held = np.array(found['held'])[:, SETTLED:, 2]
+  means = spread(held.mean(1).tolist())
+  near = np.abs(held / TARGET - 1) < 0.2
+  lines += [
+    '',
+    f'KL of the held runs, a target of {TARGET}: {means};'
+    f' within a fifth of it in {near.mean():.0%} of iterations',
+  ]
+  return '\n'.join(lines)
+
+
+def draw(found: dict[str, Any], path: pathlib.Path) -> None:
+  from matplotlib.figure import Figure
+
+  figure = Figure((8.4, 3), layout='constrained')
+  for number, name in enumerate(('hidden reward', 'proxy', 'KL, nats')):
+    axes = figure.add_subplot(1, 3, number + 1)
+    axes.set(title=name, xlabel='iteration')
+    axes.grid(alpha=0.3)
+    for color, (label, runs) in enumerate(found.items()):
+      for i, run in enumerate(runs):
+        line = np.array(run)[:, number]
+        axes.plot(line, f'C{color}', lw=0.9, label=None if i else label)
+    axes.legend(fontsize='x-small')
+  figure.savefig(path, dpi=80)

@@ -7,11 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.preferences.common import made, run_config
+from experiments.preferences.common import RULE, made, run_config, spread
+from postrain.tasks.labels import pair_accuracy
 from postrain.trainer import Trainer
+from postrain.types import Batch
 
 LOSSES = {'bradley_terry': 'pairs', 'plackett_luce': 'rankings'}
-NUM_STEPS, NUM_PAIRS = 1500, 4096
+NUM_STEPS, NUM_PAIRS = 1000, 4096
 
 
 def config_of(loss: str, seed: int) -> Any:
@@ -22,10 +24,11 @@ def config_of(loss: str, seed: int) -> Any:
   config.preference.learns = 'reward_model'
   config.preference.data = LOSSES[loss]
   config.preference.loss = dict(name=loss)
-  config.preference.optimizer.learning_rate = 3e-3
-  config.preference.optimizer.schedule = 'linear'
-  config.preference.optimizer.total_steps = NUM_STEPS
-  config.evaluation.update(every=200, num_prompts=NUM_PAIRS, batch_size=512)
+  config.preference.optimizer.update(
+    learning_rate=1e-2, schedule='cosine', warmup_steps=100, b2=0.999,
+    total_steps=NUM_STEPS,
+  )  # fmt: skip
+  config.evaluation.update(every=500, num_prompts=NUM_PAIRS, batch_size=512)
   return config
 
 
@@ -37,8 +40,8 @@ def oracle(config: Any) -> float:
   prompts, tokens = jnp.split(pairs.tokens, [task.prompt_length], axis=1)
   mask = pairs.mask[:, task.prompt_length :]
   gold = task.rewards['gold'](prompts, tokens, mask)
-  distance = np.asarray(gold[::2] - gold[1::2])
-  return float(((1 + np.sign(distance)) / 2).mean())
+  batch = Batch(*map(jnp.asarray, pairs[:3]), {}, {}, unit_size=2)
+  return float(pair_accuracy(batch, gold))
 
 
 def study(path: pathlib.Path, seeds: range) -> dict[str, Any]:
@@ -55,3 +58,15 @@ def study(path: pathlib.Path, seeds: range) -> dict[str, Any]:
       })  # fmt: skip
       print(loss, seed, found[loss][-1], found['oracle'][seed], flush=True)
   return found
+
+
+def table(found: dict[str, Any]) -> str:
+  lines = ['| | held-out pair accuracy | less that of gold | ECE |', RULE]
+  oracle = found.pop('oracle')
+  lines.append(f'| gold | {spread(oracle)} | | |')
+  for loss, rows in found.items():
+    accuracy = [row['accuracy'] for row in rows]
+    gaps = np.subtract(accuracy, oracle).tolist()
+    ece = spread([row['ece'] for row in rows])
+    lines.append(f'| `{loss}` | {spread(accuracy)} | {spread(gaps)} | {ece} |')
+  return '\n'.join(lines)

@@ -45,18 +45,22 @@ class Comparisons:
       length, their prompts in the first ``prompt_length`` slots of the
       environment.
     dtypes: of the arrays of `Units`, by name.
-    units: (step, batch_size, num_examples) -> Units; a pure function.
+    units: (step, batch_size, num_examples) -> Units; a pure function; None
+      where the policy writes.
     lengths: (steps, batch_size, num_examples) -> the lengths of rows that
       ``units`` will have in any of them.
     held_out: (num_pairs) -> Units, pairs, the same at every call.
+    compare: (step, prompts, samples) -> Units: two completions of each prompt,
+      in the order that raters give them; None where there are no raters.
   """
 
   unit_size: int
   length: int
   dtypes: dict[str, Any]
-  units: Callable[[int, int, int | None], Units]
+  units: Callable[[int, int, int | None], Units] | None
   lengths: Callable[[range, int, int | None], set[int]]
   held_out: Callable[[int], Units] | None
+  compare: Callable[[int, Prompts, Samples], Units] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

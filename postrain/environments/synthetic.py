@@ -23,6 +23,7 @@ def task(
   task: dict,
   rater: dict | None = None,
   num_completions: int = 4,
+  writer_logits: tuple | None = None,
 ) -> Environment:
   """A synthetic task of `postrain.tasks`: prompts and rewards on the device.
 
@@ -34,6 +35,8 @@ def task(
       kind of preferences that a run learns from; None for its defaults. Raters
       need a task with the reward ``gold``.
     num_completions: of a prompt, in rankings.
+    writer_logits: one for each token id, of those who write what raters are
+      given to train on; None for all tokens alike. Padding is never drawn.
   """
   chosen: Task = bind(tasks, task)()
   judge = jax.jit(functools.partial(grade, chosen, rewards))
@@ -87,7 +90,9 @@ def task(
         drawn.tokens, samples.tokens, samples.mask
       ).items()
     },
-    preferences=comparisons(chosen, seed, rater or {}, num_completions),
+    preferences=comparisons(
+      chosen, seed, rater or {}, num_completions, writer_logits
+    ),
     weights=weights,
     text=chosen.render,
     device_task=chosen,
