@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from postrain import advantages, hub
+from postrain.actors import Actor
 from postrain.adapted import bases
 from postrain.batches import asked
 from postrain.binding import bind
+from postrain.environments import Environment
 from postrain.keys import run_key
 from postrain.models.heads import scalar_head
 from postrain.models.transformer import transformer
@@ -36,12 +38,14 @@ class Network:
       them.
     read: shardings -> params, from files.
     max_length: positions that the model was made for, None for any number.
+    opened: the directory that it is read from.
   """
 
   model: Model
   begin: Callable[[Params], Params] | None = None
   read: Callable[[Any], Params] | None = None
   max_length: int | None = None
+  opened: hub.Directory | None = None
 
 
 def copied(model: Model, seed: int | Int[Array, '']) -> Network:
@@ -118,7 +122,22 @@ def pretrained(
     transformer(config),
     read=lambda shardings: hub.read(opened, shardings),
     max_length=config.max_length,
+    opened=dataclasses.replace(opened, config=config),
   )
+
+
+def export(
+  network: Network, actor: Actor, environment: Environment, directory: str,
+  params: Params,
+) -> None:  # fmt: skip
+  """Write what `pretrained` reads, where the family of the actor has it."""
+  if network.opened is not None:
+    hub.save(
+      directory, network.opened.config, params, source=network.opened.source,
+      tokenizer=environment.tokenizer, overwrite=True,
+    )  # fmt: skip
+  elif actor.export_scores is not None:
+    actor.export_scores(directory, params['backbone'], params['head'])
 
 
 def check_critic(recipe: Recipe) -> None:

@@ -244,9 +244,11 @@ def _reference_metrics(
 ) -> Metrics:
   k1 = jnp.where(mask, call_by_name(kl.k1, figures), 0)
   k3 = call_by_name(kl.k3, figures)
-  sequences = mask.any(-1)
+  sequences = mask.any(-1).sum(dtype=jnp.float32)
+  root = jnp.sqrt(jnp.maximum(k1.sum() / jnp.maximum(sequences, 1), 0))
   metrics: Metrics = {
-    'reference/kl_sequence': Mean(k1.sum(), sequences.sum(dtype=jnp.float32)),
+    'reference/kl_sequence': Mean(k1.sum(), sequences),
+    'reference/kl_sequence_root': Mean(root, jnp.float32(1)),
     'reference/kl_token': objectives.masked_mean(k3, mask),
   }
   if kl_coef is not None:
