@@ -117,15 +117,14 @@ def make_algorithm(
     # Nothing, not a norm that clips, is of both.
     roles: dict[Any, Any] = {'actor': rl_optimizer, 'critic': of_critic}
     rl_optimizer = optax.partition(roles, {role: role for role in roles})
-  critic_model = critic and critic.model
   sft_optimizer = bind(optimizers, recipe.sft.optimizer)()
   greedy = make_sample(recipe, model, pad_id, stop_ids, greedy=True)
   return Algorithm(
     sample=make_sample(recipe, model, pad_id, stop_ids),
     extend=make_extend(recipe, model, stop_ids),
     greedy=greedy if 'baselines' in asked(advantage) else None,
-    prepare=make_prepare(recipe, model, estimator, advantage, critic_model),
-    update=_make_update(recipe, model, rl_optimizer, critic_model),
+    prepare=make_prepare(recipe, model, estimator, advantage, critic),
+    update=_make_update(recipe, model, rl_optimizer, critic),
     imitate=_make_imitate(recipe, model, sft_optimizer),
     control=make_control(recipe),
     move_reference=make_move_reference(recipe),
@@ -141,7 +140,7 @@ def make_algorithm(
 
 def _make_update(
   recipe: Recipe, model: Model, optimizer: optax.GradientTransformation,
-  critic: Model | None,
+  critic: critics.Network | None,
 ) -> Callable[..., tuple[Any, Metrics]]:  # fmt: skip
   weigh = functools.partial(
     reweigh,
@@ -161,7 +160,8 @@ def _make_update(
     entropy_coef=recipe.entropy_coef,
     value_loss=bind(losses, recipe.critic.loss),
     value_coef=None if critic is None else recipe.critic.coef,
-    critic=critic,
+    critic=critic and critic.model,
+    trunk=critic and critic.trunk,
     balance_coef=recipe.routing.balance_coef,
     temperature=recipe.sampling.temperature,
     chunk_size=recipe.chunk_size,

@@ -25,7 +25,7 @@ from postrain.models.transformer import transformer
 from postrain.recipe import Block, Recipe
 from postrain.types import Model, Params
 
-__all__ = ['copied', 'fresh', 'pretrained']
+__all__ = ['copied', 'fresh', 'pretrained', 'shared']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Network:
     read: shardings -> params, from files.
     max_length: positions that the model was made for, None for any number.
     opened: the directory that it is read from.
+    trunk: what its head reads of the actor's states, where it has no trunk.
   """
 
   model: Model
@@ -46,6 +47,7 @@ class Network:
   read: Callable[[Any], Params] | None = None
   max_length: int | None = None
   opened: hub.Directory | None = None
+  trunk: Callable[[Array], Array] | None = None
 
 
 def copied(model: Model, seed: int | Int[Array, '']) -> Network:
@@ -88,6 +90,37 @@ def fresh(model: Model, seed: int | Int[Array, '']) -> Network:
   return Network(critic, lambda actor: critic.init(run_key(seed, 'critic')))
 
 
+def shared(
+  model: Model, seed: int | Int[Array, ''], *, stop_gradient: bool = False
+) -> Network:
+  """A head on the states of the actor, whose trunk both losses train.
+
+  The head alone has the critic's optimiser: ``critic.coef`` weighs what values
+  ask of the trunk.
+
+  Args:
+    model: of the actor.
+    seed: of the run.
+    stop_gradient: whether values leave the trunk as it is.
+
+  References:
+    Schulman et al., 2017, Proximal Policy Optimization Algorithms,
+    arXiv:1707.06347.
+  """
+  del seed
+  whole = scalar_head(model)
+
+  def init(key: Any = None) -> Params:
+    del key
+    return {'head': jnp.zeros_like(whole.shapes['head'])}
+
+  head = dataclasses.replace(
+    whole, init=init, logical_axes=lambda: {'head': ('width', None)}
+  )
+  trunk = jax.lax.stop_gradient if stop_gradient else lambda states: states
+  return Network(head, lambda actor: init(), trunk=trunk)
+
+
 def pretrained(
   model: Model,
   seed: int | Int[Array, ''],
@@ -128,16 +161,18 @@ def pretrained(
 
 def export(
   network: Network, actor: Actor, environment: Environment, directory: str,
-  params: Params,
+  roles: dict[str, Params],
 ) -> None:  # fmt: skip
   """Write what `pretrained` reads, where the family of the actor has it."""
+  params = roles['critic']
   if network.opened is not None:
     hub.save(
       directory, network.opened.config, params, source=network.opened.source,
       tokenizer=environment.tokenizer, overwrite=True,
     )  # fmt: skip
   elif actor.export_scores is not None:
-    actor.export_scores(directory, params['backbone'], params['head'])
+    trunk = roles['actor'] if network.trunk else params['backbone']
+    actor.export_scores(directory, trunk, params['head'])
 
 
 def check_critic(recipe: Recipe) -> None:

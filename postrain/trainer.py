@@ -314,7 +314,7 @@ class Trainer:
         self.actor,
         self.environment,
         self.path('export_critic'),
-        state.params['critic'],
+        state.params,
       )
     workdir.die_at('after_export', step)
     metrics.curves(self.path(workdir.FILES[0]), self.path('curves.png'), CURVES)

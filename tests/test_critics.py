@@ -307,6 +307,50 @@ def test_m16_an_update_is_that_of_each_role_alone() -> None:
     assert figures[f'gradient_norm/{role}'] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.parametrize('stop', [False, True])
+def test_m16_a_shared_trunk_has_both_gradients(stop: bool) -> None:
+  _, state, batch, *_ = first_update()
+  network = critics.shared(MODEL, 0, stop_gradient=stop)
+  head = {'head': state.params['critic']['head']}
+  actor = state.params['actor']
+  batch = reweigh(batch, aggregation=aggregation.token_mean)
+  ppo = functools.partial(losses.ppo_clip, clip_low=0.2)
+  objective = objectives.policy_gradient(
+    MODEL, loss=ppo, value_loss=losses.squared_error, value_coef=0.5,
+    critic=network.model, trunk=network.trunk,
+  )  # fmt: skip
+  plain = objectives.policy_gradient(MODEL, loss=ppo)
+
+  def values(actor: Any, head: Any) -> Any:
+    params = {'backbone': actor, **head}
+    found = token_values(CRITIC, params, batch.tokens, batch.valid, batch.mask)
+    error, _ = losses.squared_error(found, batch.arrays['returns'], batch.mask)
+    return 0.5 * jnp.sum(batch.weights['value'] * error)
+
+  @jax.jit
+  def gradients(roles: Any) -> Any:
+    both, _ = jax.grad(lambda p: objective(p, {}, batch), has_aux=True)(roles)
+    policy, _ = jax.grad(lambda p: plain(p, {}, batch), has_aux=True)(
+      {'actor': roles['actor']}
+    )
+    of_values = jax.grad(values, (0, 1))(roles['actor'], roles['critic'])
+    return both, policy['actor'], *of_values
+
+  both, policy, of_trunk, of_head = gradients({'actor': actor, 'critic': head})
+  assert_close(both['critic'], of_head)
+  whole = jax.tree.map(jnp.add, policy, of_trunk)
+  assert_close(both['actor'], policy if stop else whole)
+
+
+@pytest.mark.slow
+def test_m16_a_run_with_one_trunk(tmp_path: pathlib.Path) -> None:
+  config = sorting(rl__num_iterations=2)
+  config.critic.network = dict(name='shared', stop_gradient=True)
+  last = Trainer(config, str(tmp_path)).run()
+  assert last.params['critic'].keys() == {'head'}
+  assert last.params['critic']['head'].any()
+
+
 # Demonstrations beside the updates.
 
 
@@ -482,7 +526,9 @@ def test_a_critic_begins_as_what_another_run_left(
   assert_same_bits({k: begun[k] for k in trunk}, trunk)
   network = trainer.algorithm.critic
   again = str(tmp_path / 'again')
-  critics.export(network, trainer.actor, trainer.environment, again, begun)
+  critics.export(
+    network, trainer.actor, trainer.environment, again, {'critic': begun}
+  )
   assert_same_bits(hub.load(again, head='sequence_labels').params, begun)
 
 
