@@ -111,7 +111,9 @@ class Sides:
         packing,
       )  # fmt: skip
       rows, key = jnp.arange(len(self.tokens)), jax.random.key(0)
-      state, figures = functions.update(state, batch, rows, key, packing)
+      state, figures = functions.update(
+        state, batch, rows, key, packing=packing
+      )
       return state, {**scored, **figures}
 
     run = jax.jit(self.layout.reading(whole) if packs else whole)

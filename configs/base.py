@@ -55,6 +55,12 @@ def get_config() -> ConfigDict:
         controller=config_dict.placeholder(dict),
       ),
       entropy_coef=config_dict.placeholder(float),
+      ptx=dict(
+        coef=config_dict.placeholder(float),
+        batch_size=32,
+        num_examples=config_dict.placeholder(int),
+        num_micro_batches=1,
+      ),
       reference=dict(update='frozen', decay=0.99, every=1, memory='device'),
       routing=dict(
         record=False,
@@ -116,6 +122,7 @@ def get_config() -> ConfigDict:
         every=0,
         grader='',
         threshold=1.0,
+        exploit_threshold=config_dict.placeholder(float),
         num_prompts=128,
         batch_size=128,
         num_samples=0,

@@ -35,12 +35,15 @@ class Actor:
     max_length: positions that the model was made for, None for any number.
     export: (directory, params) -> None writes a Hugging Face directory; None
       where the model has no such form.
+    export_scores: (directory, params, head [D 1]) -> None likewise writes one
+      of the architecture, and other parameters, that gives a score.
   """
 
   model: Model
   init: Callable[[Any, Any], Params]
   max_length: int | None = None
   export: Callable[[str, Params], None] | None = None
+  export_scores: Callable[[str, Params, Any], None] | None = None
 
 
 def transformer(
@@ -101,8 +104,11 @@ def _from_scratch(
   # Refuses before anything is trained.
   families.to_huggingface(config, _source(environment, config, None))
   model = _model(config, lora, quantize)
-  export = functools.partial(_export, environment, config, None)
-  actor = Actor(model, jitted_init(model), config.max_length, export)
+  files = environment, config, None
+  actor = Actor(
+    model, jitted_init(model), config.max_length,
+    functools.partial(_export, *files), _scoring(*files),
+  )  # fmt: skip
   return _with_lora(actor, config, lora)
 
 
@@ -145,12 +151,11 @@ def pretrained(
     # Matrix by matrix: the whole stays on the host.
     return jax.device_put(stored(model, hub.read(opened), quantize), shardings)
 
+  files = environment, config, opened
   actor = Actor(
-    model,
-    init,
-    config.max_length,
-    functools.partial(_export, environment, config, opened),
-  )
+    model, init, config.max_length, functools.partial(_export, *files),
+    _scoring(*files),
+  )  # fmt: skip
   return _with_lora(actor, config, lora, base=directory)
 
 
@@ -242,6 +247,26 @@ def _export(
     generation_config=origin and origin.generation_config,
     overwrite=True,
   )
+
+
+def _scoring(
+  environment: Environment, config: Config, origin: hub.Directory | None
+) -> Callable[[str, Params, Any], None] | None:
+  """`Actor.export_scores` of a language model, if its family has the form."""
+  labelled = dataclasses.replace(
+    config, head='sequence_labels', num_labels=1, tie_embeddings=True
+  )
+  try:
+    families.to_huggingface(labelled, _source(environment, labelled, origin))
+  except ValueError:
+    return None
+
+  def export(directory: str, params: Params, head: Any) -> None:
+    labelled, params = with_labels(config, params)
+    params['score'] = head.astype(params['score'].dtype)
+    _export(environment, labelled, origin, directory, params)
+
+  return export
 
 
 def sort_policy(environment: Environment, *, embed_dim: int) -> Actor:

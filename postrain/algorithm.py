@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -34,7 +35,7 @@ from postrain.drawing import make_extend, make_sample, make_write
 from postrain.preferring import Preferring, make_preferring
 from postrain.preparation import bind_advantage, make_prepare, uses_reference
 from postrain.recipe import Block, Recipe
-from postrain.train_step import make_train_step
+from postrain.train_step import accumulate, make_train_step
 from postrain.types import (
   Batch,
   Mean,
@@ -43,6 +44,7 @@ from postrain.types import (
   Packing,
   Params,
   Samples,
+  Sum,
 )
 
 
@@ -61,9 +63,10 @@ class Algorithm(NamedTuple):
       KL in the reward, advantages, and figures of each completion. The
       ``signals`` are those of `postrain.batches.assemble`; the packing is that
       of the scores.
-    update: (state, batch, rows, key, packing=None) -> (state, Metrics): one
-      optimiser step on the minibatch of ``rows``, so packed; the key is for
-      masks that draw.
+    update: (state, batch, rows, key, demonstrations=None, packing=None) ->
+      (state, Metrics): one optimiser step on the minibatch of ``rows``, so
+      packed; the key is for masks that draw, and the demonstrations (tokens,
+      valid, mask) are for `schema.Ptx`.
     imitate: (state, tokens, valid, mask, packing=None) -> (state, Metrics): one
       supervised step.
     write: (params, ref_params, prompts, prompt_mask, key, prompt_ids) ->
@@ -117,15 +120,14 @@ def make_algorithm(
     # Nothing, not a norm that clips, is of both.
     roles: dict[Any, Any] = {'actor': rl_optimizer, 'critic': of_critic}
     rl_optimizer = optax.partition(roles, {role: role for role in roles})
-  critic_model = critic and critic.model
   sft_optimizer = bind(optimizers, recipe.sft.optimizer)()
   greedy = make_sample(recipe, model, pad_id, stop_ids, greedy=True)
   return Algorithm(
     sample=make_sample(recipe, model, pad_id, stop_ids),
     extend=make_extend(recipe, model, stop_ids),
     greedy=greedy if 'baselines' in asked(advantage) else None,
-    prepare=make_prepare(recipe, model, estimator, advantage, critic_model),
-    update=_make_update(recipe, model, rl_optimizer, critic_model),
+    prepare=make_prepare(recipe, model, estimator, advantage, critic),
+    update=_make_update(recipe, model, rl_optimizer, critic),
     imitate=_make_imitate(recipe, model, sft_optimizer),
     write=make_write(recipe, model, pad_id, stop_ids),
     control=make_control(recipe),
@@ -142,7 +144,7 @@ def make_algorithm(
 
 def _make_update(
   recipe: Recipe, model: Model, optimizer: optax.GradientTransformation,
-  critic: Model | None,
+  critic: critics.Network | None,
 ) -> Callable[..., tuple[Any, Metrics]]:  # fmt: skip
   weigh = functools.partial(
     reweigh,
@@ -162,7 +164,8 @@ def _make_update(
     entropy_coef=recipe.entropy_coef,
     value_loss=bind(losses, recipe.critic.loss),
     value_coef=None if critic is None else recipe.critic.coef,
-    critic=critic,
+    critic=critic and critic.model,
+    trunk=critic and critic.trunk,
     balance_coef=recipe.routing.balance_coef,
     temperature=recipe.sampling.temperature,
     chunk_size=recipe.chunk_size,
@@ -172,13 +175,14 @@ def _make_update(
     optimizer,
     num_micro_batches=recipe.rl.num_micro_batches,
     stop=make_stop(recipe),
+    beside=_make_ptx(recipe, model),
   )
   select = _make_select(recipe, model, restricts='selected' not in asked(loss))
   measure = _make_measure(recipe, model, recipe.rl.num_micro_batches)
 
   def update(
     state: Any, batch: Batch, rows: Any, key: Any,
-    packing: Packing | None = None,
+    demonstrations: Any = None, packing: Packing | None = None,
   ) -> tuple[Any, Metrics]:  # fmt: skip
     if recipe.rl.num_minibatches > 1:  # a gather would move rows of one too
       batch = take(batch, rows)
@@ -191,10 +195,34 @@ def _make_update(
       weights = batch.weights
       weights = {**weights, 'kl': weights['kl'] * state.kl_coef}
       batch = dataclasses.replace(batch, weights=weights)
-    state, metrics = rl_step(state, {}, batch)
+    state, metrics = rl_step(state, {}, batch, demonstrations)
     return state, metrics | _fill(packing)
 
   return update
+
+
+def _make_ptx(recipe: Recipe, model: Model) -> Callable | None:
+  """Make (params, demonstrations) -> the gradient of their term, figures."""
+  choices = recipe.ptx
+  if choices.coef is None:
+    return None
+  likelihood = objectives.supervised(
+    model, loss=losses.negative_log_likelihood, chunk_size=recipe.chunk_size
+  )
+
+  def term(params: Params, frozen: Any, batch: Batch) -> tuple[Any, Metrics]:
+    total, figures = likelihood(params, frozen, batch)
+    total = choices.coef * total
+    fixed = jax.lax.stop_gradient(total)
+    return total, {'loss/ptx': figures['loss'], 'loss': Sum(fixed)}
+
+  def beside(params: Params, demonstrations: Any) -> tuple[Any, Metrics]:
+    tokens, valid, mask = demonstrations
+    weights = {'policy': aggregation.token_mean(mask)}
+    batch = Batch(tokens, valid, mask, weights, {})
+    return accumulate(term, params, {}, batch, choices.num_micro_batches)
+
+  return beside
 
 
 def _make_imitate(

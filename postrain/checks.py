@@ -35,12 +35,7 @@ def check_assembly(
       f'pad id {environment.pad_id} is also a stop id: the last token of every'
       ' completion would be masked; give the tokenizer a pad token of its own'
     )
-  if recipe.sft.num_steps and environment.demonstrations is None:
-    raise ValueError(
-      f'sft.num_steps={recipe.sft.num_steps}, but environment'
-      f' {recipe.environment["name"]!r} has no demonstrations: name their field'
-      ' (environment.completion of texts), or set sft.num_steps=0'
-    )
+  _check_demonstrations(recipe, environment)
   if recipe.preference.num_steps:
     check_preference(recipe, environment, model)
   if recipe.filter.overlong == 'mask' and not environment.stop_ids:
@@ -69,6 +64,21 @@ def check_assembly(
     _check_shards('units of a preference micro-batch', micro, shards)
 
 
+def _check_demonstrations(recipe: Recipe, environment: Environment) -> None:
+  if environment.demonstrations is not None:
+    return
+  for field, value, without in (
+    ('sft.num_steps', recipe.sft.num_steps or None, 0),
+    ('ptx.coef', recipe.ptx.coef, None),
+  ):
+    if value is not None:
+      raise ValueError(
+        f'{field}={value}, but environment {recipe.environment["name"]!r} has'
+        ' no demonstrations: name their field (environment.completion of'
+        f' texts), or set {field}={without}'
+      )
+
+
 def _check_online(recipe: Recipe, shards: int) -> None:
   _check_groups(recipe)
   _check_kl(recipe)
@@ -82,6 +92,9 @@ def _check_online(recipe: Recipe, shards: int) -> None:
   _check_shards('prompts of a part of a rollout', part, shards)
   _check_slots(recipe, shards)
   _check_shards('rows of an rl micro-batch', micro, shards)
+  if (ptx := recipe.ptx).coef is not None:
+    micro_ptx = ptx.batch_size // ptx.num_micro_batches
+    _check_shards('rows of a ptx micro-batch', micro_ptx, shards)
   if recipe.rl.share_prompts:
     micro //= recipe.sampling.num_samples
     _check_shards('prompts of an rl micro-batch', micro, shards)
@@ -96,7 +109,7 @@ def check_lengths(
   if recipe.rl.num_iterations or (recipe.evaluation.every and samples):
     length = environment.prompt_length + recipe.sampling.max_new_tokens
     longest['a prompt with sampling.max_new_tokens'] = length
-  if recipe.sft.num_steps:
+  if recipe.sft.num_steps or recipe.ptx.coef is not None:
     longest['a demonstration'] = environment.demonstration_length
   if recipe.preference.num_steps:
     length = comparisons(recipe, environment).length

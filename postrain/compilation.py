@@ -1,6 +1,6 @@
 """Programs compiled before the first step: side by side, kept, and weighed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import ctypes
@@ -202,6 +202,18 @@ def _hold(
       f' outputs {needed.outputs}, state beside it {needed.resident}), but the'
       f' limit is {limit}: try {", ".join(largest.remedies)}'
     )
+
+
+def by_role(roles: Mapping[str, tuple[int, ...]]) -> str:
+  """What each role keeps on a device, as lines."""
+  heads = ('parameters', 'gradients', 'optimizer')
+  width = max(map(len, ('bytes of a role', *roles)))
+  rows = {'bytes of a role': heads}
+  rows |= {k: tuple(map(readable, sizes)) for k, sizes in roles.items()}
+  return '\n'.join(
+    f'{role:{width}}' + ''.join(f'{cell:>12}' for cell in cells)
+    for role, cells in rows.items()
+  )
 
 
 def _device_limit() -> int | None:

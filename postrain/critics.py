@@ -14,16 +14,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from postrain import advantages, hub
+from postrain.actors import Actor
 from postrain.adapted import bases
 from postrain.batches import asked
 from postrain.binding import bind
+from postrain.environments import Environment
 from postrain.keys import run_key
 from postrain.models.heads import scalar_head
 from postrain.models.transformer import transformer
 from postrain.recipe import Block, Recipe
 from postrain.types import Model, Params
 
-__all__ = ['copied', 'fresh', 'pretrained']
+__all__ = ['copied', 'fresh', 'pretrained', 'shared']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,16 @@ class Network:
       them.
     read: shardings -> params, from files.
     max_length: positions that the model was made for, None for any number.
+    opened: the directory that it is read from.
+    trunk: what its head reads of the actor's states, where it has no trunk.
   """
 
   model: Model
   begin: Callable[[Params], Params] | None = None
   read: Callable[[Any], Params] | None = None
   max_length: int | None = None
+  opened: hub.Directory | None = None
+  trunk: Callable[[Array], Array] | None = None
 
 
 def copied(model: Model, seed: int | Int[Array, '']) -> Network:
@@ -84,6 +90,37 @@ def fresh(model: Model, seed: int | Int[Array, '']) -> Network:
   return Network(critic, lambda actor: critic.init(run_key(seed, 'critic')))
 
 
+def shared(
+  model: Model, seed: int | Int[Array, ''], *, stop_gradient: bool = False
+) -> Network:
+  """A head on the states of the actor, whose trunk both losses train.
+
+  The head alone has the critic's optimiser: ``critic.coef`` weighs what values
+  ask of the trunk.
+
+  Args:
+    model: of the actor.
+    seed: of the run.
+    stop_gradient: whether values leave the trunk as it is.
+
+  References:
+    Schulman et al., 2017, Proximal Policy Optimization Algorithms,
+    arXiv:1707.06347.
+  """
+  del seed
+  whole = scalar_head(model)
+
+  def init(key: Any = None) -> Params:
+    del key
+    return {'head': jnp.zeros_like(whole.shapes['head'])}
+
+  head = dataclasses.replace(
+    whole, init=init, logical_axes=lambda: {'head': ('width', None)}
+  )
+  trunk = jax.lax.stop_gradient if stop_gradient else lambda states: states
+  return Network(head, lambda actor: init(), trunk=trunk)
+
+
 def pretrained(
   model: Model,
   seed: int | Int[Array, ''],
@@ -118,7 +155,24 @@ def pretrained(
     transformer(config),
     read=lambda shardings: hub.read(opened, shardings),
     max_length=config.max_length,
+    opened=dataclasses.replace(opened, config=config),
   )
+
+
+def export(
+  network: Network, actor: Actor, environment: Environment, directory: str,
+  roles: dict[str, Params],
+) -> None:  # fmt: skip
+  """Write what `pretrained` reads, where the family of the actor has it."""
+  params = roles['critic']
+  if network.opened is not None:
+    hub.save(
+      directory, network.opened.config, params, source=network.opened.source,
+      tokenizer=environment.tokenizer, overwrite=True,
+    )  # fmt: skip
+  elif actor.export_scores is not None:
+    trunk = roles['actor'] if network.trunk else params['backbone']
+    actor.export_scores(directory, trunk, params['head'])
 
 
 def check_critic(recipe: Recipe) -> None:

@@ -142,6 +142,11 @@ def _check_choices(recipe: Recipe) -> None:
       f'kl.controller={recipe.kl.controller}: the device loop has a fixed'
       ' coefficient; set it to None, or use the trainer'
     )
+  if recipe.ptx.coef is not None:
+    raise ValueError(
+      f'ptx.coef={recipe.ptx.coef}: the device loop reads no demonstrations;'
+      ' set it to None, or use the trainer'
+    )
   if recipe.critic.network is not None:
     raise ValueError(
       f'critic.network={recipe.critic.network["name"]!r}: the device loop'

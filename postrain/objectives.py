@@ -67,6 +67,7 @@ def policy_gradient(
   value_loss: Callable | None = None,
   value_coef: Scalar | None = None,
   critic: Model | None = None,
+  trunk: Callable[[Array], Array] | None = None,
   balance_coef: Scalar | None = None,
   temperature: Scalar = 1.0,
   chunk_size: int = 128,
@@ -86,6 +87,8 @@ def policy_gradient(
     value_loss: of `postrain.losses`.
     value_coef: its coefficient.
     critic: of the role ``critic``; its unembed gives one value.
+    trunk: what it reads of the actor's states, for a critic that shares them;
+      None for one that has a trunk of its own.
     balance_coef: coefficient of `postrain.losses.load_balance`, the mean over
       layers, for a mixture of experts. Shares of the load are those of
       `postrain.couplings.with_expert_shares` if the batch has them, else those
@@ -107,7 +110,7 @@ def policy_gradient(
   ) -> tuple[Array, Metrics]:
     del frozen
     mask, weights = batch.mask, batch.weights
-    logprobs, entropy, routing, plain = _policy_figures(
+    (logprobs, entropy, plain), hidden, routing = _policy_figures(
       model,
       params['actor'],
       batch,
@@ -136,8 +139,9 @@ def policy_gradient(
       metrics['policy/kl_loss'] = masked_mean(divergence, mask)
     if value_coef is not None:
       term, value_metrics = _value_term(
-        critic, params['critic'], batch, value_loss, chunk_size
-      )
+        critic, params['critic'], batch, value_loss, chunk_size,
+        None if trunk is None else trunk(hidden),
+      )  # fmt: skip
       total += value_coef * term
       metrics |= value_metrics
     if 'experts' in batch.arrays:
@@ -169,7 +173,7 @@ def supervised(
     params: dict[str, Params], frozen: dict[str, Params], batch: Batch
   ) -> tuple[Array, Metrics]:
     del frozen
-    logprobs, _, routing, _ = _policy_figures(
+    (logprobs, *_), _, routing = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False,
       balance_coef is not None,
     )  # fmt: skip
@@ -208,7 +212,7 @@ def preference(
     params: dict[str, Params], frozen: dict[str, Params], batch: Batch
   ) -> tuple[Array, Metrics]:
     del frozen
-    logprobs, *_ = _policy_figures(
+    (logprobs, *_), *_ = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False
     )
     arrays = pair_arrays(logprobs, batch)
@@ -256,7 +260,7 @@ def unpaired(
     params: dict[str, Params], frozen: dict[str, Params], batch: Batch
   ) -> tuple[Array, Metrics]:
     del frozen
-    logprobs, *_ = _policy_figures(
+    (logprobs, *_), *_ = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False
     )
     names = {'logprobs': logprobs, 'ref_logprobs': batch.arrays['ref_logprobs']}
@@ -284,10 +288,10 @@ def _pair_sums(
 def _policy_figures(
   model: Model, params: Params, batch: Batch, temperature: Any,
   chunk_size: int, entropy_gradient: bool, record: bool = False,
-) -> tuple[Array, Array, dict[str, Array], Array]:  # fmt: skip
-  """Log-probs, entropy, routing and plain log-probs, in one pass.
+) -> tuple[tuple[Array, Array, Array], Array, dict[str, Array]]:  # fmt: skip
+  """Log-probs, entropy and plain log-probs, states and routing, in one pass.
 
-  The last are without gradient and at temperature 1.
+  The plain ones are without gradient and at temperature 1.
   """
   hidden, routing = routed_states(
     model, params, batch.tokens, batch.valid, batch.mask, batch.packing,
@@ -306,11 +310,11 @@ def _policy_figures(
     entropy = token_entropy(logits, temperature=temperature)
     return logprobs, entropy, plain
 
-  logprobs, entropy, plain = map_logits(
+  found = map_logits(
     figures, model, params, hidden, batch.tokens, chunk_size=chunk_size,
     packing=batch.packing,
   )  # fmt: skip
-  return logprobs, entropy, routing, plain
+  return found, hidden, routing
 
 
 def _since_rollout(batch: Batch, logprobs: Array, plain: Array) -> Metrics:
@@ -346,11 +350,11 @@ def _balance_term(
 
 def _value_term(
   critic: Any, params: Params, batch: Batch, value_loss: Any,
-  chunk_size: int,
+  chunk_size: int, states: Array | None,
 ) -> tuple[Array, Metrics]:  # fmt: skip
   values = token_values(
     critic, params, batch.tokens, batch.valid, batch.mask, batch.packing,
-    chunk_size=chunk_size,
+    chunk_size=chunk_size, states=states,
   )  # fmt: skip
   arrays = {**batch.arrays, 'mask': batch.mask, 'values': values}
   losses, figures = call_by_name(value_loss, arrays)

@@ -10,9 +10,11 @@ from postrain import advantages, kl, masks, objectives, shaping, sharding
 from postrain.adapted import bases, rejoined
 from postrain.batches import asked, assemble, call_by_name, together
 from postrain.binding import bind
+from postrain.critics import Network
 from postrain.recipe import Recipe
 from postrain.scoring import (
   Scores,
+  hidden_states,
   in_slices,
   rerouted,
   score,
@@ -54,7 +56,7 @@ def bind_advantage(recipe: Recipe) -> Callable[..., Any]:
 
 def make_prepare(
   recipe: Recipe, model: Model, estimator: Callable, advantage: Callable,
-  critic: Model | None = None,
+  critic: Network | None = None,
 ) -> Callable[..., tuple[Batch, Metrics, dict[str, Any]]]:  # fmt: skip
   """Make ``prepare`` of `postrain.algorithm.Algorithm`."""
   score_fn = functools.partial(
@@ -88,7 +90,7 @@ def make_prepare(
     )
     if critic is not None:
       rows = tokens, valid, mask, packing or shared
-      arrays['old_values'] = _values(recipe, critic, params['critic'], rows)
+      arrays['old_values'] = _values(recipe, model, critic, params, rows)
     informative = masks.informative_groups(rewards)  # before any KL
     if uses_reference(recipe):
       reference = _reference(recipe, ref_params, params['actor'])
@@ -125,15 +127,23 @@ def make_prepare(
   return prepare
 
 
-def _values(recipe: Recipe, critic: Model, params: Params, rows: tuple) -> Any:
+def _values(
+  recipe: Recipe, model: Model, critic: Network, params: dict[str, Params],
+  rows: tuple,
+) -> Any:  # fmt: skip
   """Values of the critic before its updates."""
-  of_slice = functools.partial(
-    token_values, critic, params, chunk_size=recipe.chunk_size
-  )
-  return in_slices(
-    lambda piece: of_slice(*piece), rows, recipe.rl.num_score_slices,
-    together(rows[-1]),
-  )  # fmt: skip
+
+  def of_slice(piece: tuple) -> Any:
+    states = None
+    if critic.trunk is not None:
+      states = hidden_states(model, params['actor'], *piece)
+    return token_values(
+      critic.model, params['critic'], *piece, chunk_size=recipe.chunk_size,
+      states=states,
+    )  # fmt: skip
+
+  slices = recipe.rl.num_score_slices
+  return in_slices(of_slice, rows, slices, together(rows[-1]))
 
 
 def _value_metrics(batch: Batch) -> Metrics:
@@ -244,9 +254,11 @@ def _reference_metrics(
 ) -> Metrics:
   k1 = jnp.where(mask, call_by_name(kl.k1, figures), 0)
   k3 = call_by_name(kl.k3, figures)
-  sequences = mask.any(-1)
+  sequences = mask.any(-1).sum(dtype=jnp.float32)
+  root = jnp.sqrt(jnp.maximum(k1.sum() / jnp.maximum(sequences, 1), 0))
   metrics: Metrics = {
-    'reference/kl_sequence': Mean(k1.sum(), sequences.sum(dtype=jnp.float32)),
+    'reference/kl_sequence': Mean(k1.sum(), sequences),
+    'reference/kl_sequence_root': Mean(root, jnp.float32(1)),
     'reference/kl_token': objectives.masked_mean(k3, mask),
   }
   if kl_coef is not None:

@@ -146,17 +146,28 @@ class Programs:
     return self._batch(leaves), *others
 
   def update(
-    self, state: TrainState, batch: Batch, rows: Any, key: Any
+    self, state: TrainState, batch: Batch, rows: Any, key: Any, number: int
   ) -> tuple[TrainState, Metrics]:
-    """That of `Algorithm`; the state is donated."""
-    packing = None
+    """That of `Algorithm`, the update of this number; donates the state."""
+    packing, shown = None, self._put(self._demonstrations(number))
     if layout := self.layouts.get('update'):  # waits for the scores
       valid = np.asarray(batch.valid)[np.asarray(rows)]
       packing = self._put(layout.pack(valid))
     state, reference = apart(state)
     leaves = jax.tree.leaves(batch)
-    state, figures = self.jit_update(state, leaves, rows, key, packing)
+    state, figures = self.jit_update(state, leaves, rows, key, shown, packing)
     return dataclasses.replace(state, ref_params=reference), figures
+
+  def _demonstrations(self, number: int) -> Any:
+    """Those beside an update, all of one shape; behind those of the warm-up."""
+    choices = self.recipe.ptx
+    if choices.coef is None:
+      return None
+    draw: Any = self.environment.demonstrations  # some, says check_assembly
+    step = self.recipe.sft.num_steps + number
+    arrays = draw(step, choices.batch_size, choices.num_examples)
+    more = self.environment.demonstration_length - arrays[0].shape[1]
+    return tuple(np.pad(x, ((0, 0), (0, more))) for x in arrays)
 
   def _put(self, arrays: Any) -> Any:
     return sharding.put_rows(self.states.mesh, arrays)

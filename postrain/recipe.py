@@ -65,6 +65,12 @@ def _check_ranges(recipe: Recipe) -> None:
     _check_divides(
       'sft.num_micro_batches', sft.num_micro_batches, sft.batch_size
     )
+  ptx = recipe.ptx
+  if ptx.batch_size % ptx.num_micro_batches:
+    raise ValueError(
+      f'ptx.num_micro_batches={ptx.num_micro_batches} does not divide'
+      f' ptx.batch_size={ptx.batch_size}: take a divisor'
+    )
   preference = recipe.preference
   if preference.batch_size % preference.num_micro_batches:
     raise ValueError(
@@ -162,6 +168,7 @@ def _check_positive(recipe: Recipe) -> None:
     ),
     'sft': ('batch_size', 'num_micro_batches'),
     'preference': ('batch_size', 'num_micro_batches'),
+    'ptx': ('batch_size', 'num_micro_batches'),
     'checkpoint': ('every', 'keep'),
     'filter': ('max_rollouts',),
     'reference': ('every',),
@@ -192,6 +199,7 @@ def _check_present(recipe: Recipe) -> None:
     ('sft.row_length', recipe.sft.row_length),
     ('rl.row_length', recipe.rl.row_length),
     ('sft.num_examples', recipe.sft.num_examples),
+    ('ptx.num_examples', recipe.ptx.num_examples),
     ('preference.num_examples', recipe.preference.num_examples),
     ('preference.reference_every', recipe.preference.reference_every),
     ('machine.memory_limit', recipe.machine.memory_limit),

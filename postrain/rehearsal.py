@@ -81,6 +81,35 @@ class Rehearsal:
       found += self._judges()
     return found
 
+  def roles(self) -> dict[str, tuple[int, ...]]:
+    """Bytes on a device: parameters, gradients, the optimiser's state.
+
+    Of the last stage. Gradients are those of a whole update, in at least
+    float32; they live inside of it.
+    """
+    if self.recipe.rl.num_iterations:
+      state = self.shapes.states[0]
+    elif self.recipe.preference.num_steps:
+      state = self.shapes.preferring
+    else:
+      state = self.shapes.states[1]
+    optimizers = {'actor': state.opt_state}
+    if len(state.params) > 1:
+      optimizers = state.opt_state.inner_states
+    gradients = jax.tree.map(_widened, trainable(state.params))
+    found = {
+      role: tuple(
+        map(sharding.device_bytes, (params, gradients[role], optimizers[role]))
+      )
+      for role, params in state.params.items()
+    }
+    frozen = {f'reward model {k}': j.abstract for k, j in self.judges.items()}
+    if state.ref_params is not None:
+      frozen = {'reference': state.ref_params, **frozen}
+    for role, params in frozen.items():
+      found[role] = sharding.device_bytes(params), 0, 0
+    return found
+
   def _learning(self, slots: int) -> list[Program]:
     """Scores and updates of a rollout whose prompts have so many slots."""
     recipe, state = self.recipe, self.shapes.states[0]
@@ -102,7 +131,7 @@ class Rehearsal:
     size = math.prod(shape) // recipe.rl.num_minibatches
     rows = self.shapes.same(jax.ShapeDtypeStruct((size,), jnp.int32))
     changed, _ = apart(state)
-    more = (leaves, rows, self.shapes.key)
+    more = (leaves, rows, self.shapes.key, self._beside())
     updates = {
       size: self.programs.jit_update.trace(changed, *more, packing)
       for size, packing in self.shapes.packings('update').items()
@@ -113,6 +142,13 @@ class Rehearsal:
       for name, traces, held in kinds
       for size, traced in traces.items()
     ]
+
+  def _beside(self) -> Any:
+    """The demonstrations beside an update, where there are some."""
+    if self.recipe.ptx.coef is None:
+      return None
+    length = self.environment.demonstration_length
+    return self.shapes.demonstrations(self.recipe.ptx.batch_size, length)
 
   def _drawn(self, slots: int) -> tuple[str, Any, Samples]:
     """The sampler, traced on prompts of so many slots, and all its samples."""
@@ -218,7 +254,7 @@ class Rehearsal:
 
   def _supervised(self, length: int) -> list[Program]:
     state = self.shapes.states[1]
-    arrays = self.shapes.demonstrations(length)
+    arrays = self.shapes.demonstrations(self.recipe.sft.batch_size, length)
     return [
       self._program(
         f'imitate[{length}{size}]',
@@ -272,6 +308,11 @@ class Rehearsal:
     beside = whole - sharding.device_bytes(held)
     kind = name.partition('[')[0]
     return Program(name, traced, beside, REMEDIES.get(kind, remedies))
+
+
+def _widened(leaf: Any) -> Any:
+  dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+  return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
 
 def _longest_first(

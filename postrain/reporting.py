@@ -16,9 +16,11 @@ HEADLINE = (
   'eval/greedy',
   'reward',
   'reward_std',
+  'reward/exploited',
   'reference/kl_sequence',
   'sampler/entropy',
   'policy/clip_high',
+  'value/explained_variance',
   'completion/length',
   'completion/truncated',
 )
@@ -28,6 +30,7 @@ CURVES = (
   'completion/length',
   'sampler/entropy',
   'reference/kl_sequence',
+  'value/explained_variance',
   'loss',
 )
 
@@ -152,11 +155,14 @@ def group_figures(
 
 
 def rollout_figures(
-  samples: Samples, rewards: Mapping[str, np.ndarray], total: np.ndarray
-) -> dict[str, float]:
+  samples: Samples, rewards: Mapping[str, np.ndarray], total: np.ndarray,
+  choices: Any = None,
+) -> dict[str, float]:  # fmt: skip
   """Rewards and lengths of a rollout; ``reward`` is the weighted sum.
 
-  Rows without a token are of groups still under way.
+  Rows without a token are of groups still under way. ``reward/exploited`` is
+  the share of the others that training pays as if they were right, and the
+  grader calls wrong; ``choices`` are those of `postrain.schema.Evaluation`.
   """
   rows = samples.mask.any(-1)
   lengths = samples.mask[rows].sum(-1)
@@ -165,11 +171,24 @@ def rollout_figures(
     'reward': float(np.mean(total[rows])),
     'reward_std': float(np.std(total[rows])),
     **each,
+    **_exploited(
+      {k: v[rows] for k, v in rewards.items()}, total[rows], choices
+    ),
     'completion/length': float(lengths.mean()),
     'completion/length_max': float(lengths.max()),
     'completion/truncated': float(np.mean(samples.truncated[rows])),
     **_variety(samples),
   }
+
+
+def _exploited(
+  rewards: Mapping[str, np.ndarray], total: np.ndarray, choices: Any
+) -> dict[str, float]:
+  if choices is None or choices.exploit_threshold is None:
+    return {}
+  paid = total >= choices.exploit_threshold
+  wrong = rewards[choices.grader] < choices.threshold
+  return {'reward/exploited': float(np.mean(paid & wrong))}
 
 
 def _variety(samples: Samples) -> dict[str, float]:

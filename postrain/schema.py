@@ -84,6 +84,16 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Ptx:
+  """The likelihood of demonstrations beside each update, as in PPO-ptx."""
+
+  coef: Scalar | None  # of its mean over tokens; None for none
+  batch_size: int  # demonstrations of an update
+  num_examples: int | None  # distinct demonstrations; None for all there are
+  num_micro_batches: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class KL:
   """The penalty for leaving the reference; a coefficient of None removes it."""
 
@@ -146,6 +156,7 @@ class Evaluation:
   every: int  # steps; 0 for never
   grader: str  # label of a reward
   threshold: float  # a reward of at least this counts as correct
+  exploit_threshold: float | None  # weighted reward that only right ones earn
   num_prompts: int
   batch_size: int  # prompts that are sampled at once
   num_samples: int  # for pass@k; 0 for greedy alone
@@ -207,6 +218,7 @@ class Recipe:
   critic: Critic
   kl: KL
   entropy_coef: Scalar | None
+  ptx: Ptx
   reference: Reference
   routing: Routing
   filter: Filter

@@ -47,9 +47,9 @@ class Shapes:
     )
     return tokens, mask, self.key, np.arange(num_prompts, dtype=np.int32)
 
-  def demonstrations(self, length: int) -> tuple[Any, ...]:
+  def demonstrations(self, num: int, length: int) -> tuple[Any, ...]:
     """Tokens, which are real, and which are trained."""
-    shape = (self._recipe.sft.batch_size, length)
+    shape = (num, length)
     return self.rows(
       tuple(jax.ShapeDtypeStruct(shape, d) for d in (jnp.int32, bool, bool))
     )

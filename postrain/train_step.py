@@ -30,8 +30,9 @@ def make_train_step(
   *,
   num_micro_batches: int = 1,
   stop: Callable[[TrainState, Metrics], Any] | None = None,
+  beside: Callable[[dict[str, Params], Any], tuple[Any, Metrics]] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Make ``train_step(state, frozen, batch) -> (state, metrics)``.
+  """Make ``train_step(state, frozen, batch, more=None) -> (state, metrics)``.
 
   Objectives are sums over units, so gradients of micro-batches add up to the
   gradient of the batch, in at least float32. An update whose gradient is not
@@ -42,14 +43,21 @@ def make_train_step(
   With ``stop``, of the state and of the figures at its parameters, an update
   for which it holds is left out likewise, and ``stopped`` of state and figures
   says so.
+
+  With ``beside``, of parameters and ``more``, its gradient is added before any
+  norm is taken, and its figures to those of the same name.
   """
 
   def train_step(
-    state: TrainState, frozen: dict[str, Params], batch: Batch
-  ) -> tuple[TrainState, Metrics]:
+    state: TrainState, frozen: dict[str, Params], batch: Batch,
+    more: Any = None,
+  ) -> tuple[TrainState, Metrics]:  # fmt: skip
     gradient, metrics = accumulate(
       objective, state.params, frozen, batch, num_micro_batches
     )
+    if beside is not None:
+      others = beside(state.params, more)
+      gradient, metrics = _added((gradient, metrics), others)
     norm = optax.tree.norm(gradient)
     trained = trainable(state.params)
     gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, trained)
@@ -121,6 +129,18 @@ def accumulate(
   micros = cut_batch(batch, num_micro_batches)
   gradient, stacked = jax.lax.scan(add, zeros, micros)
   return gradient, merge(stacked)
+
+
+def _added(
+  one: tuple[Any, Metrics], other: tuple[Any, Metrics]
+) -> tuple[Any, Metrics]:
+  """Sums of gradients, and of figures that both have."""
+  gradient = jax.tree.map(jnp.add, _widen(one[0]), _widen(other[0]))
+  both = {
+    name: jax.tree.map(jnp.add, one[1][name], other[1][name])
+    for name in one[1].keys() & other[1].keys()
+  }
+  return gradient, {**one[1], **other[1], **both}
 
 
 def merge(stacked: Metrics) -> Metrics:

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from postrain import metrics, sharding, workdir
+from postrain import critics, metrics, sharding, workdir
 from postrain.adapted import trainable
 from postrain.assembly import assemble
 from postrain.checkpoints import Checkpoints
 from postrain.collection import Collector, send
-from postrain.compilation import compiling
-from postrain.preferring import comparisons
+from postrain.compilation import by_role, compiling
 from postrain.pairing import Pairing
 from postrain.recipe import plain
 from postrain.reporting import (
@@ -98,6 +97,7 @@ class Trainer:
       return self._restore(checkpoints, start)
     if start:
       print(f'{self.directory}: continuing at step {start}')
+    print(by_role(self._rehearsal.roles()), flush=True)
     programs = self._rehearsal.needed(start)
     with compiling(programs, limit=recipe.machine.memory_limit):
       state = self._restore(checkpoints, start)
@@ -232,7 +232,7 @@ class Trainer:
         **group_figures(
           samples, np.concatenate(scored[0]), len(prompts.tokens), iteration
         ),
-        **rollout_figures(samples, rewards, total),
+        **rollout_figures(samples, rewards, total, self.recipe.evaluation),
         **finish(scored[1]),
         **finish(merged),
       }
@@ -244,10 +244,14 @@ class Trainer:
     self, state: TrainState, batch: Any, iteration: int
   ) -> tuple[TrainState, Metrics]:
     number, updates = np.int32(iteration), []
-    for epoch in range(self.recipe.rl.num_epochs):
+    choices = self.recipe.rl
+    done = iteration * choices.num_epochs * choices.num_minibatches
+    for epoch in range(choices.num_epochs):
       cuts = self._programs.minibatches(number, np.int32(epoch), state.step)
       for rows, key in zip(*cuts, strict=True):
-        state, figures = self._update(state, batch, rows, key)
+        state, figures = self._update(
+          state, batch, rows, key, done + len(updates)
+        )
         updates.append(figures)
     if state.ref_params is not None:
       reference = self._programs.move_reference(
@@ -280,6 +284,15 @@ class Trainer:
     workdir.die_at('before_export', step)
     if self.recipe.checkpoint.export and self.actor.export is not None:
       self.actor.export(self.path('export'), state.params['actor'])
+    critic = self.algorithm.critic
+    if self.recipe.checkpoint.export and critic is not None:
+      critics.export(
+        critic,
+        self.actor,
+        self.environment,
+        self.path('export_critic'),
+        state.params,
+      )
     workdir.die_at('after_export', step)
     metrics.curves(self.path(workdir.FILES[0]), self.path('curves.png'), CURVES)
     workdir.write_json(self.path('finished.json'), {'steps': step})

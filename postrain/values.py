@@ -20,6 +20,7 @@ def token_values(
   packing: Packing | SharedPrompts | None = None,
   *,
   chunk_size: int = 128,
+  states: Float[Array, 'B T D'] | None = None,
 ) -> Float[Array, 'B T']:
   """Values of a critic: of the state before each token under the mask.
 
@@ -30,13 +31,16 @@ def token_values(
     model: whose unembed gives one value.
     params, tokens, valid, mask, packing, chunk_size: as for
       `postrain.scoring.score`.
+    states: those of `postrain.scoring.hidden_states` of a trunk that it shares;
+      None has it read the tokens itself.
 
   Returns:
     Values, 0 off the mask.
   """
-  hidden = hidden_states(model, params, tokens, valid, mask, packing)
+  if states is None:
+    states = hidden_states(model, params, tokens, valid, mask, packing)
   values = map_logits(
-    lambda v: v[..., 0], model, params, hidden, chunk_size=chunk_size,
+    lambda v: v[..., 0], model, params, states, chunk_size=chunk_size,
     packing=packing,
   )  # fmt: skip
   return jnp.where(mask, values, 0)

@@ -154,6 +154,24 @@ FIELDS = [
       ),
     )
   ),
+  (
+    'text',
+    {'ptx.coef': 1.0, 'environment.completion': None},
+    'ptx.coef=1.0, b',
+  ),
+  ('sort', {'ptx.batch_size': 0}, 'ptx.batch_size=0: it must be at least 1'),
+  ('sort', {'ptx.num_examples': 0}, 'ptx.num_examples=0: it must be at leas'),
+  (
+    'sort',
+    {'ptx.num_micro_batches': 3},
+    '=3 does not divide ptx.batch_size=32',
+  ),
+  ('sort', {'ptx.coef': NAN}, 'coef=nan'),
+  (
+    'sort',
+    {'ptx.coef': 1.0, 'ptx.batch_size': 3, 'mesh.data': 2},
+    'rows of a ptx micro-batch: 3 do not divide over 2',
+  ),
   ('sort', {'rl.kl_stop': 0.0}, 'rl.kl_stop=0.0: no update would be made'),
   ('sort', {'aggregation.name': 'token_sum'}, "has no 'token_sum'"),
   ('sort', {'correction': {}}, r"expected dict\(name='...'\)"),

@@ -98,8 +98,8 @@ def written(folder: pathlib.Path, num_iterations: int) -> ConfigDict:
   config.advantage = dict(name='remax')
   config.kl.loss_coef = 0.1
   config.evaluation = dict(
-    every=3, grader='finished', threshold=1.0, num_prompts=3, batch_size=2,
-    num_samples=2, ks=(1, 2),
+    every=3, grader='finished', threshold=1.0, exploit_threshold=None,
+    num_prompts=3, batch_size=2, num_samples=2, ks=(1, 2),
   )  # fmt: skip
   return config
 

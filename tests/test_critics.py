@@ -31,6 +31,7 @@ from postrain.models.config import Config
 from postrain.models.heads import scalar_head, with_labels
 from postrain.models.transformer import transformer
 from postrain.recipe import make_recipe
+from postrain.scoring import score
 from postrain.tasks.sort import toy_policy
 from postrain.train_step import finish, make_train_step
 from postrain.trainer import Trainer
@@ -60,6 +61,11 @@ def sorting(**changes: Any) -> ConfigDict:
   return config
 
 
+def demonstrated() -> ConfigDict:
+  """The same beside demonstrations."""
+  return sorting(ptx__coef=0.1, ptx__batch_size=4)
+
+
 def rows(directory: pathlib.Path) -> list[dict]:
   lines = (directory / 'metrics.jsonl').read_text().splitlines()
   return [json.loads(line) for line in lines]
@@ -81,7 +87,7 @@ def whole(
 ) -> tuple[pathlib.Path, TrainState, TrainState]:
   """A run: its directory, its first state and its last."""
   directory = tmp_path_factory.mktemp('critic')
-  trainer = Trainer(sorting(), str(directory))
+  trainer = Trainer(demonstrated(), str(directory))
   return directory, trainer._states.fresh(), trainer.run()
 
 
@@ -99,6 +105,7 @@ def test_m16_the_reference_begins_as_the_actor_and_keeps_its_bits(
     )
   found = rows(directory)[0]
   assert found['reference/kl_sequence'] == found['value/old'] == 0
+  assert found['reference/kl_sequence_root'] == 0
   # Of a reward on the last of three tokens, with values of 0.
   decayed = found['reward'] * (1 + 0.95 + 0.95**2) / 3
   assert found['value/returns'] == pytest.approx(decayed, rel=1e-5)
@@ -136,9 +143,9 @@ def test_a_killed_run_ends_with_the_same_bits(
   with monkeypatch.context() as patch:
     patch.setattr(workdir, 'die_at', die_at)
     with pytest.raises(Killed):
-      Trainer(sorting(), str(tmp_path)).run()
+      Trainer(demonstrated(), str(tmp_path)).run()
   assert not (tmp_path / 'finished.json').exists()
-  assert_same_bits(Trainer(sorting(), str(tmp_path)).run(), last)
+  assert_same_bits(Trainer(demonstrated(), str(tmp_path)).run(), last)
   for name in ('metrics.jsonl', 'samples.jsonl'):
     assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
@@ -148,14 +155,22 @@ def test_m13_a_large_coefficient_keeps_the_policy(
 ) -> None:
   """The coefficient is of the state: both runs are the same programs."""
   found = {}
-  for coef in (1e-3, 100.0):
+  for coef in (1e-3, 1e6):
     config = sorting(kl__reward_coef=coef, rl__num_iterations=12)
     config.kl.controller = {**config.kl.controller, 'horizon': 1e9}
     config.checkpoint.every = 100
     Trainer(config, str(tmp_path / str(coef))).run()
-    last = rows(tmp_path / str(coef))[-4:]
-    found[coef] = np.mean([row['reference/kl_token'] for row in last])
-  assert found[100.0] < found[1e-3] / 4, found
+    found[coef] = rows(tmp_path / str(coef))
+    for row in found[coef]:
+      row.pop('reference/kl_coef')
+  # Nothing is paid at the reference: whatever the coefficient, the same bits.
+  first, bound = found[1e-3][0], found[1e6][0]
+  assert bound == first
+  ends = [
+    np.mean([row['reference/kl_token'] for row in found[coef][-4:]])
+    for coef in (1e-3, 1e6)
+  ]
+  assert ends[1] < ends[0] / 4, ends
 
 
 @pytest.mark.slow
@@ -292,6 +307,98 @@ def test_m16_an_update_is_that_of_each_role_alone() -> None:
     assert figures[f'gradient_norm/{role}'] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.parametrize('stop', [False, True])
+def test_m16_a_shared_trunk_has_both_gradients(stop: bool) -> None:
+  _, state, batch, *_ = first_update()
+  network = critics.shared(MODEL, 0, stop_gradient=stop)
+  head = {'head': state.params['critic']['head']}
+  actor = state.params['actor']
+  batch = reweigh(batch, aggregation=aggregation.token_mean)
+  ppo = functools.partial(losses.ppo_clip, clip_low=0.2)
+  objective = objectives.policy_gradient(
+    MODEL, loss=ppo, value_loss=losses.squared_error, value_coef=0.5,
+    critic=network.model, trunk=network.trunk,
+  )  # fmt: skip
+  plain = objectives.policy_gradient(MODEL, loss=ppo)
+
+  def values(actor: Any, head: Any) -> Any:
+    params = {'backbone': actor, **head}
+    found = token_values(CRITIC, params, batch.tokens, batch.valid, batch.mask)
+    error, _ = losses.squared_error(found, batch.arrays['returns'], batch.mask)
+    return 0.5 * jnp.sum(batch.weights['value'] * error)
+
+  @jax.jit
+  def gradients(roles: Any) -> Any:
+    both, _ = jax.grad(lambda p: objective(p, {}, batch), has_aux=True)(roles)
+    policy, _ = jax.grad(lambda p: plain(p, {}, batch), has_aux=True)(
+      {'actor': roles['actor']}
+    )
+    of_values = jax.grad(values, (0, 1))(roles['actor'], roles['critic'])
+    return both, policy['actor'], *of_values
+
+  both, policy, of_trunk, of_head = gradients({'actor': actor, 'critic': head})
+  assert_close(both['critic'], of_head)
+  whole = jax.tree.map(jnp.add, policy, of_trunk)
+  assert_close(both['actor'], policy if stop else whole)
+
+
+@pytest.mark.slow
+def test_m16_a_run_with_one_trunk(tmp_path: pathlib.Path) -> None:
+  config = sorting(rl__num_iterations=2)
+  config.critic.network = dict(name='shared', stop_gradient=True)
+  last = Trainer(config, str(tmp_path)).run()
+  assert last.params['critic'].keys() == {'head'}
+  assert last.params['critic']['head'].any()
+
+
+# Demonstrations beside the updates.
+
+
+def test_m16_demonstrations_add_their_supervised_gradient() -> None:
+  """Times the coefficient, in however many slices."""
+  _, state, batch, *_ = first_update()
+  draw = jax.random.randint(jax.random.key(7), (6, 2 * LENGTH), 0, VOCAB)
+  valid = jnp.arange(2 * LENGTH)[None] < jnp.arange(1, 7)[:, None]
+  shown = draw, valid, valid.at[:, :2].set(False)
+
+  def moved(coef: float | None, num_micro_batches: int = 1) -> Any:
+    config = sorting(
+      ptx__coef=coef, ptx__batch_size=6,
+      ptx__num_micro_batches=num_micro_batches,
+      critic__network=None, advantage=dict(name='group_centered'),
+      whitening=None,
+    )  # fmt: skip
+    config.rl.optimizer = dict(name='sgd', learning_rate=1.0)
+    config.kl.controller = config.rl.kl_stop = None
+    update = make_algorithm(
+      make_recipe(config), MODEL, pad_id=0, stop_ids=()
+    ).update
+    actor = {'actor': state.params['actor']}
+    begun = TrainState(jnp.int32(0), actor, ())
+    step = jax.jit(functools.partial(update, demonstrations=shown))
+    after, figures = step(begun, batch, jnp.arange(8), jax.random.key(0))
+    return after.params['actor'], finish(figures)
+
+  def likelihood(params: Any) -> Any:
+    tokens, valid, mask = shown
+    found = score(MODEL, params, tokens, valid, mask).logprobs
+    return -jnp.where(mask, found, 0).sum() / mask.sum(dtype=jnp.float32)
+
+  loss, gradient = jax.jit(jax.value_and_grad(likelihood))(
+    state.params['actor']
+  )
+  plain, before = moved(None)
+  whole, figures = moved(0.5)
+  assert_close(
+    jax.tree.map(jnp.subtract, plain, whole),
+    jax.tree.map(lambda g: 0.5 * g, gradient),
+  )
+  assert_close(moved(0.5, 3)[0], whole)
+  assert figures['loss/ptx'] == pytest.approx(float(loss), rel=1e-5)
+  both = before['loss'] + float(loss) / 2
+  assert figures['loss'] == pytest.approx(both, abs=1e-5)
+
+
 # Early stop.
 
 
@@ -395,6 +502,34 @@ def test_a_critic_begins_as_a_reward_model(tmp_path: pathlib.Path) -> None:
 
   values, scores = both(params)
   np.testing.assert_allclose(values[:, 1:], scores[:, :-1], atol=1e-5)
+
+
+def test_a_critic_begins_as_what_another_run_left(
+  tmp_path: pathlib.Path,
+) -> None:
+  config = tiny.arithmetic()
+  config.sft.num_steps = config.evaluation.every = 0
+  config.advantage = dict(name='gae')
+  config.critic.network = dict(name='copied')
+  trainer = Trainer(config, str(tmp_path / 'first'))
+  state = trainer._states.fresh()
+  critic = state.params['critic']
+  critic['head'] = jax.random.normal(jax.random.key(0), critic['head'].shape)
+  with trainer._report(0) as report:
+    trainer._finish(state, report)
+  folder = str(tmp_path / 'first' / 'export_critic')
+  config.critic.network = dict(name='pretrained', directory=folder)
+  trainer = Trainer(config, str(tmp_path / 'second'))
+  begun = trainer._states.fresh().params['critic']
+  assert_same_bits(begun['score'], critic['head'])
+  trunk = {k: v for k, v in critic['backbone'].items() if k != 'unembedding'}
+  assert_same_bits({k: begun[k] for k in trunk}, trunk)
+  network = trainer.algorithm.critic
+  again = str(tmp_path / 'again')
+  critics.export(
+    network, trainer.actor, trainer.environment, again, {'critic': begun}
+  )
+  assert_same_bits(hub.load(again, head='sequence_labels').params, begun)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from postrain import device_loop, hub, tokenizers
+from postrain.compilation import by_role
 from postrain.models.config import Config
 from postrain.models.heads import with_labels
 from postrain.models.transformer import transformer
@@ -59,19 +60,24 @@ def sorting(folder: pathlib.Path, **fields: Any) -> ConfigDict:
 
 @pytest.fixture(scope='module')
 def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple:
-  """A run with a reward model: trainer, directory, the model."""
+  """A run of all four roles: trainer, directory, model, last state."""
   folder = tmp_path_factory.mktemp('judged')
   model = written(folder / 'model')
   config = sorting(folder / 'model', num_demonstrations=6)
+  config.advantage = dict(name='gae')
+  config.critic.network = dict(name='copied')
+  config.kl.reward_coef = 0.1
+  config.ptx.update(coef=1.0, batch_size=4)
+  config.evaluation.exploit_threshold = 0.0
   trainer = Trainer(config, str(folder / 'run'))
   compiled = len(tiny.compilations)
-  trainer.run()
-  return trainer, folder / 'run', model, tiny.compilations[compiled:]
+  last = trainer.run()
+  return trainer, folder / 'run', model, tiny.compilations[compiled:], last
 
 
 def test_it_scores_the_completion_behind_its_prompt(judged: tuple) -> None:
   """Other numbers of rows are cut and padded, and shifted alike."""
-  trainer, _, (model, params), _ = judged
+  trainer, _, (model, params), *_ = judged
   environment = trainer.environment
   prompts = environment.held_out(3)
   draw = np.random.default_rng(1)
@@ -95,20 +101,77 @@ def test_it_scores_the_completion_behind_its_prompt(judged: tuple) -> None:
 
 
 def test_it_trains_what_is_measured_beside_it(judged: tuple) -> None:
-  trainer, directory, (_, params), _ = judged
+  _, directory, *_ = judged
   lines = (directory / 'metrics.jsonl').read_text().splitlines()
   for row in map(json.loads, lines[:2]):
     assert row['reward'] == pytest.approx(2 * row['reward/judge'], abs=1e-6)
     assert {'reward/exact', 'reward_std'} <= row.keys()
+    assert 'loss/ptx' in row
   assert 'eval/judge' in json.loads(lines[-1])
+
+
+def test_m18_a_row_is_exploited_if_it_is_paid_and_wrong(judged: tuple) -> None:
+  _, directory, *_ = judged
+  lines = (directory / 'metrics.jsonl').read_text().splitlines()
+  samples = (directory / 'samples.jsonl').read_text().splitlines()
+  wrong = [
+    row['reward'] >= 0 and row['reward/exact'] < 1
+    for row in map(json.loads, samples)
+  ]
+  found = [json.loads(line) for line in lines[:2]]
+  exploited = np.mean([row['reward/exploited'] for row in found])
+  assert np.mean(wrong) == pytest.approx(exploited, abs=1e-6)
+  assert 0 < exploited < 1
+  for row in found:
+    squared = row['reference/kl_sequence_root'] ** 2
+    assert squared == pytest.approx(
+      max(row['reference/kl_sequence'], 0), abs=1e-6
+    )
+    assert row.keys() >= {'completion/repetition', 'completion/distinct_2'}
+
+
+def test_what_each_role_keeps_is_known_before_the_first_step(
+  judged: tuple,
+) -> None:
+  trainer, *_, last = judged
+  roles = trainer._rehearsal.roles()
+
+  def size(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+  for role, params in last.params.items():
+    own = last.opt_state.inner_states[role]
+    assert roles[role] == (size(params), size(params), size(own))
+    assert size(own) > 2 * size(params)
+  assert roles['reference'] == (size(last.ref_params), 0, 0)
+  (judge,) = trainer._rehearsal.judges.values()
+  assert roles['reward model judge'] == (size(judge.params), 0, 0)
+  lines = by_role(roles).splitlines()
+  assert len({*map(len, lines)}) == 1
+  assert len(lines) == 5
+
+
+def test_m16_what_is_frozen_keeps_its_bits_and_the_others_move(
+  judged: tuple,
+) -> None:
+  trainer, _, (_, params), _, last = judged
   (judge,) = trainer._rehearsal.judges.values()
   jax.tree.map(np.testing.assert_array_equal, judge.params, params)
+  first = trainer._states.fresh()
+  jax.tree.map(
+    np.testing.assert_array_equal, last.ref_params, first.params['actor']
+  )
+  for role, before in first.params.items():
+    pairs = zip(
+      jax.tree.leaves(before), jax.tree.leaves(last.params[role]), strict=True
+    )
+    assert any((a != b).any() for a, b in pairs), role
 
 
 def test_it_is_one_program_that_is_compiled_before_the_first_step(
   judged: tuple,
 ) -> None:
-  *_, compiled = judged
+  *_, compiled, _ = judged
   assert sum('completion_scores' in name for name in compiled) == 1
 
 

@@ -90,8 +90,8 @@ def arithmetic() -> ConfigDict:
   config.rl.num_iterations = 2
   config.rl.num_prompts = 4
   config.evaluation = dict(
-    every=2, grader='exact', threshold=1.0, num_prompts=6, batch_size=4,
-    num_samples=2, ks=(1, 2),
+    every=2, grader='exact', threshold=1.0, exploit_threshold=None,
+    num_prompts=6, batch_size=4, num_samples=2, ks=(1, 2),
   )  # fmt: skip
   return config
 

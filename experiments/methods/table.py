@@ -26,7 +26,6 @@ tests.
 # Without a row: what has no function of its own in the mathematics.
 LATER = {
   '20, 21, 31': 'the loops of constitutions, oversight and GRPO',
-  '18': 'diagnostics of reward hacking',
   '36, 44': 'recipes whose parts are 8, 29 and 37 to 40',
   '79': 'reinforcement learning of a controller inside a frozen model',
   '81 to 84, 87 to 97, 99 to 101': 'staged pipelines and curricula',
@@ -56,6 +55,7 @@ METHODS = {
   16: ('RLHF with a reference', 'shaping.kl_shaped values.token_values'
        ' critics.copied'),
   17: ('minibatches', 'losses.ppo_clip'),
+  18: ('diagnostics of over-optimisation', 'reporting.rollout_figures'),
   19: ('RLAIF', 'losses.soft_preference losses.swap_averaged'),
   22: ('DPO and its family', 'losses.dpo losses.robust_dpo losses.f_dpo'
        ' losses.length_normalized_dpo losses.hinge losses.exo_pair losses.aot'

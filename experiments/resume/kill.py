@@ -61,8 +61,8 @@ def get_config(variant: str = 'refresh') -> ConfigDict:
   config.filter.max_rollouts = 3
   config.checkpoint.every = SAVE_EVERY
   config.evaluation = dict(
-    every=5, grader='exact', threshold=1.0, num_prompts=8, batch_size=8,
-    num_samples=0, ks=(1,),
+    every=5, grader='exact', threshold=1.0, exploit_threshold=None,
+    num_prompts=8, batch_size=8, num_samples=0, ks=(1,),
   )  # fmt: skip
   if variant == 'refresh':
     config.kl.loss_coef = 0.05
