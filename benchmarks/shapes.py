@@ -11,6 +11,8 @@ from typing import Any
 LEARNING_RATE = 1e-4
 BETA = 0.04  # of the KL in GRPO's loss
 DPO_BETA = 0.1
+SGD_RATE = 0.1  # of the steps whose losses are compared
+NUM_BATCHES = 4  # of pairs, which come around again
 REMAT = 'dots_with_no_batch_dims_saveable'
 PAD, EOS = 0, 1  # the other tokens are words, 't2' and so on
 
@@ -70,7 +72,8 @@ def run_config(
   Args:
     shape: one of `SHAPES`.
     folder: of `benchmarks.peers.material.make`.
-    job: ``sft`` runs supervised steps, all others iterations of GRPO.
+    job: ``sft`` runs supervised steps, ``dpo`` and ``dpo_sgd`` steps on pairs,
+      all others iterations of GRPO.
     micro_batches: slices of an optimiser step, and of scoring.
   """
   from configs import base
@@ -78,8 +81,7 @@ def run_config(
   config = base.get_config()
   config.environment = dict(
     name='benchmarks.peers.ours:paced',
-    train=f'{folder}/demonstrations.jsonl',
-    tokenizer=folder,
+    folder=folder,
     prompt_length=shape.prompt_length,
     completion_length=shape.completion_length,
   )
@@ -97,11 +99,19 @@ def run_config(
   config.sampling.max_new_tokens = shape.completion_length
   optimizer = base.adamw(learning_rate=LEARNING_RATE, b2=0.999)
   steps = 100_000  # the program is ended long before
+  config.preference.num_steps = steps if job.startswith('dpo') else 0
+  config.preference.batch_size = shape.num_pairs
+  config.preference.num_micro_batches = micro_batches
+  config.preference.loss = dict(name='dpo', beta=DPO_BETA)
+  config.preference.optimizer = (
+    dict(name='sgd', learning_rate=SGD_RATE) if job == 'dpo_sgd' else optimizer
+  )
   config.sft.num_steps = steps if job == 'sft' else 0
   config.sft.batch_size = shape.num_rows
   config.sft.num_micro_batches = micro_batches
   config.sft.optimizer = optimizer
-  config.rl.num_iterations = 0 if job == 'sft' else steps
+  offline = job == 'sft' or job.startswith('dpo')
+  config.rl.num_iterations = 0 if offline else steps
   config.rl.num_prompts = shape.num_prompts
   config.rl.rescore = False  # one update a rollout, as the others have it
   config.rl.num_micro_batches = micro_batches

@@ -1,6 +1,6 @@
 """Sides that take turns: processes of one thread that must agree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import material
+from benchmarks.peers import material, protocol
 from benchmarks.shapes import SHAPES, Shape
 from postrain.workdir import commit
 
@@ -25,6 +25,8 @@ PEERS = {
   'sft': ('trl',),
 }
 LOSSES = 2  # that must agree: the first, and the one behind an update
+STEPS = 20  # of `protocol.TRAJECTORY`, all of whose losses must
+FOLLOWED = {'small': 'tiny'}  # in place of a shape whose steps take long
 WARM_UPS = 2
 TOLERANCE = 1e-4
 ONE_THREAD = {
@@ -102,15 +104,16 @@ def interpreters(sides: Sequence[str], peers: str) -> dict[str, str]:
 
 
 def agree(
-  where: str, found: Mapping[str, Answer], shape: Shape
+  where: str, found: Mapping[str, Answer], shape: Shape, steps: int = LOSSES
 ) -> dict[str, float]:
   """Largest relative gap of each figure between the first side and others.
 
   Args:
     where: for the message.
-    found: of each side ``logprobs``, and ``losses``, ``pair_logprobs`` or
+    found: of each side ``logprobs``, and ``losses``, ``chosen_logprobs`` or
       ``tokens`` as the job has them.
     shape: tells how many tokens there must be.
+    steps: whose losses must agree; those of later ones drift apart.
 
   Raises:
     ValueError: a side computes something else.
@@ -124,15 +127,15 @@ def agree(
         f'{where}: {side} sampled {answer["tokens"]} tokens, not {expected}:'
         ' its completions are not of full length; nothing is timed'
       )
-  for name in ('logprobs', 'pair_logprobs', 'losses'):
+  for name in ('logprobs', 'chosen_logprobs', 'losses'):
     right = found[first].get(name)
     if not right:
       continue
     for side in others:
       given = found[side].get(name)
       size = min(len(right), len(given or []))
-      if name == 'losses':  # those of later steps drift apart
-        size = min(size, LOSSES)
+      if name != 'logprobs':
+        size = min(size, steps)
       if not size:
         raise ValueError(f'{where}: {side} gave no {name}; nothing is timed')
       a, b = np.array(right[:size]), np.array(given[:size])
@@ -168,6 +171,46 @@ def warm_up(worker: Worker, wanted: int) -> tuple[Answer, list[Answer]]:
   return told, steps
 
 
+@contextlib.contextmanager
+def at_work(
+  pythons: Mapping[str, str], *where: Any
+) -> Iterator[dict[str, Worker]]:
+  """A worker for each side, until the end."""
+  with contextlib.ExitStack() as stack:
+    workers = {}
+    for side, python in pythons.items():
+      workers[side] = Worker(python, side, *where)
+      stack.callback(workers[side].close)
+    yield workers
+
+
+def follow(
+  pythons: Mapping[str, str], shape_name: str, micro_batches: int
+) -> Answer:
+  """Take the same steps of plain SGD on all sides, and hold them together.
+
+  Returns:
+    The losses of each side, and the largest relative gap between them.
+
+  Raises:
+    ValueError: a loss differs, so that nothing is worth to be timed.
+  """
+  job, shape_name = protocol.TRAJECTORY, FOLLOWED.get(shape_name, shape_name)
+  where, shape = f'{job} {shape_name}, {STEPS} steps', SHAPES[shape_name]
+  with tempfile.TemporaryDirectory() as folder:
+    material.make(f'{folder}/weights', shape)
+    with at_work(pythons, job, shape_name, folder, micro_batches) as workers:
+      for worker in workers.values():
+        worker.read()
+      told = {side: warm_up(each, STEPS)[0] for side, each in workers.items()}
+  gaps = agree(where, told, shape, STEPS)
+  losses = {side: each['losses'][:STEPS] for side, each in told.items()}
+  print(
+    f'{where} of SGD: losses agree to {gaps["losses"]:.1e}', file=sys.stderr
+  )
+  return {'shape': shape_name, 'gaps': gaps, 'losses': losses}
+
+
 def measure(
   job: str, shape_name: str, sides: Sequence[str], *, peers: str,
   micro_batches: int = 1, rounds: int = 3,
@@ -184,36 +227,35 @@ def measure(
     )
   shape, pythons = SHAPES[shape_name], interpreters(sides, peers)
   where = f'{job} {shape_name}, {micro_batches} micro-batches'
-  with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+  together = {}
+  if job == 'dpo' and len(sides) > 1:
+    together['trajectory'] = follow(pythons, shape_name, micro_batches)
+  with tempfile.TemporaryDirectory() as folder:
     material.make(f'{folder}/weights', shape)
-    workers = {}
-    for side, python in pythons.items():
-      workers[side] = Worker(
-        python, side, job, shape_name, folder, micro_batches
+    given = job, shape_name, folder, micro_batches
+    with at_work(pythons, *given) as workers:
+      ready = {side: worker.read() for side, worker in workers.items()}
+      gaps = agree(where, ready, shape)
+      wanted = LOSSES if job in ('dpo', 'sft') else 0
+      warm = {side: warm_up(each, wanted) for side, each in workers.items()}
+      gaps |= agree(
+        where, {side: told for side, (told, _) in warm.items()}, shape
       )
-      stack.callback(workers[side].close)
-    ready = {side: worker.read() for side, worker in workers.items()}
-    gaps = agree(where, ready, shape)
-    wanted = LOSSES if job in ('dpo', 'sft') else 0
-    told, warm = {}, {}
-    for side, worker in workers.items():
-      told[side], warm[side] = warm_up(worker, wanted)
-    gaps |= agree(where, told, shape)
-    words = [f'{name} to {gap:.1e}' for name, gap in gaps.items()]
-    if words:
-      print(f'{where}: sides agree in {", ".join(words)}', file=sys.stderr)
-    steps = {side: [] for side in sides}
-    for _ in range(rounds):
-      for side, worker in workers.items():
-        steps[side].append(worker.step())
-    agree(where, {side: each[-1] for side, each in steps.items()}, shape)
+      words = [f'{name} to {gap:.1e}' for name, gap in gaps.items()]
+      if words:
+        print(f'{where}: sides agree in {", ".join(words)}', file=sys.stderr)
+      steps = {side: [] for side in sides}
+      for _ in range(rounds):
+        for side, worker in workers.items():
+          steps[side].append(worker.step())
+      agree(where, {side: each[-1] for side, each in steps.items()}, shape)
   return {
     'job': job, 'shape': shape_name, 'micro_batches': micro_batches,
-    'commit': commit(), 'machine': machine(), 'gaps': gaps,
+    'commit': commit(), 'machine': machine(), 'gaps': gaps, **together,
     'sides': {
       side: {
         'versions': ready[side]['versions'],
-        'warm_up': trimmed(warm[side]),
+        'warm_up': trimmed(warm[side][1]),
         'steps': trimmed(steps[side]),
       }
       for side in sides
@@ -224,7 +266,7 @@ def measure(
 def trimmed(steps: Sequence[Answer]) -> list[Answer]:
   """Steps without what was there to be compared."""
   return [
-    {k: v for k, v in each.items() if k not in ('losses', 'pair_logprobs')}
+    {k: v for k, v in each.items() if k not in ('losses', 'chosen_logprobs')}
     for each in steps
   ]
 

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-from benchmarks.shapes import EOS, PAD, Shape
+from benchmarks.shapes import EOS, NUM_BATCHES, PAD, Shape
 from postrain import hub
 from postrain.models.config import Config
 from postrain.models.transformer import transformer
@@ -39,7 +39,9 @@ def make(folder: str | os.PathLike[str], shape: Shape) -> None:
 
   files = {
     'demonstrations': [row('completion') for _ in range(shape.num_rows)],
-    'pairs': [row('chosen', 'rejected') for _ in range(shape.num_pairs)],
+    'pairs': [
+      row('chosen', 'rejected') for _ in range(NUM_BATCHES * shape.num_pairs)
+    ],
   }
   for name, rows in files.items():
     path = pathlib.Path(folder) / f'{name}.jsonl'

@@ -1,12 +1,12 @@
-"""Our side: the trainer as it is, its sampler, and steps on pairs.
+"""Our side: the trainer as it is, and its sampler.
 
 Run by `benchmarks/peers/run.py`; see `benchmarks.peers.protocol`.
 """
 
 import dataclasses
+import functools
 import json
 import os
-import time
 from typing import Any
 
 import jax
@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.peers import protocol
-from benchmarks.shapes import DPO_BETA, EOS, run_config
-from postrain import environments, losses, objectives, sharding
-from postrain.batches import weigh_units
+from benchmarks.shapes import NUM_BATCHES, run_config
+from postrain import environments, sharding
 from postrain.binding import bind
-from postrain.environments import Environment
+from postrain.environments import Comparisons, Environment, Units
+from postrain.environments.record import rows_of
 from postrain.keys import run_key
 from postrain.scoring import score
-from postrain.train_step import finish, make_train_step
 from postrain.trainer import Trainer
-from postrain.types import Batch, SharedPrompts, TrainState
+
+CHOSEN = 'preference/chosen_logprob'
 
 
 def even(completions: list, examples: list) -> list[float]:
@@ -35,8 +35,7 @@ def paced(
   seed: int,
   rewards: Any,
   *,
-  train: str,
-  tokenizer: str,
+  folder: str,
   prompt_length: int,
   completion_length: int,
 ) -> Environment:
@@ -46,9 +45,14 @@ def paced(
   itself stays as it is. No token ends a completion.
   """
   given = dict(
-    name='text', train=train, held_out=train,
-    tokenizer=dict(directory=tokenizer), prompt='prompt',
-    completion='completion', max_prompt_length=prompt_length,
+    name='text', train=f'{folder}/demonstrations.jsonl',
+    held_out=f'{folder}/demonstrations.jsonl',
+    tokenizer=dict(directory=folder), prompt='prompt', completion='completion',
+    preferences=dict(
+      train=f'{folder}/pairs.jsonl', held_out=f'{folder}/pairs.jsonl',
+      ties='error',
+    ),
+    max_prompt_length=prompt_length,
     max_length=prompt_length + completion_length,
   )  # fmt: skip
   made = bind(environments, given)(seed, rewards)
@@ -67,10 +71,24 @@ def paced(
     tokens['tokens'] = int(samples.mask.sum())
     return made.rewards(drawn, samples)
 
+  def preferences(kind: str) -> Comparisons:
+    known = made.preferences(kind)
+    return dataclasses.replace(
+      known, units=pace(functools.partial(in_order, known)),
+      lengths=lambda *_: {known.length},
+    )  # fmt: skip
+
   return dataclasses.replace(
     made, stop_ids=(), prompts=pace(made.prompts), rewards=judge,
-    demonstrations=pace(made.demonstrations),
+    demonstrations=pace(made.demonstrations), preferences=preferences,
   )  # fmt: skip
+
+
+def in_order(known: Comparisons, step: int, size: int, *_: Any) -> Units:
+  """Pairs in the order of their file, around and around."""
+  start = step % NUM_BATCHES * size
+  units = known.held_out(start + size)
+  return rows_of(units, np.arange(start, start + size), 2)
 
 
 def _written() -> dict[str, Any]:
@@ -85,10 +103,13 @@ def _written() -> dict[str, Any]:
     for name, value in phases.items()
     if name.startswith('seconds/') and name != 'seconds/total'
   }
-  if given.job != 'sft':
-    return {'phases': found}
-  losses = [row['loss'] for row in _lines(given.workdir, 'metrics')]
-  return {'phases': found, 'losses': losses}
+  told = {'phases': found}
+  if given.job not in ('generate', 'grpo'):
+    rows = _lines(given.workdir, 'metrics')
+    told['losses'] = [row['loss'] for row in rows]
+    if given.job != 'sft':
+      told['chosen_logprobs'] = [row[CHOSEN] for row in rows]
+  return told
 
 
 def _lines(folder: str, name: str) -> list[dict[str, Any]]:
@@ -129,65 +150,6 @@ def generate(trainer: Trainer, given: Any) -> None:
     step += 1
 
 
-def pairs(folder: str) -> Batch:
-  """Rows of chosen and rejected, one behind the other."""
-  found = protocol.rows(folder, 'pairs')
-  tokens = np.array([
-    [*protocol.ids(row['prompt']), *protocol.ids(row[side]), EOS]
-    for row in found
-    for side in ('chosen', 'rejected')
-  ])  # fmt: skip
-  mask = np.ones(tokens.shape, bool)
-  length = len(protocol.ids(found[0]['prompt']))
-  mask[:, :length] = False
-  arrays = jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.asarray(mask)
-  shared = SharedPrompts(length, num_samples=2)
-  return Batch(*arrays, weights={}, arrays={}, packing=shared, unit_size=2)
-
-
-def dpo(trainer: Trainer, given: Any) -> None:
-  """Score the reference and update on pairs, jitted and donated.
-
-  The trainer has no stage of preferences, so its parts are put together here.
-  """
-  model, optimizer = trainer.actor.model, trainer.algorithm.rl_optimizer
-  loss = bind(losses, dict(name='dpo', beta=DPO_BETA))
-  train_step = make_train_step(
-    objectives.preference(model, loss=loss),
-    optimizer,
-    num_micro_batches=given.micro_batches,
-  )
-
-  def prepare(params: Any, batch: Batch) -> Batch:
-    scores = score(
-      model, params, batch.tokens, batch.valid, batch.mask,
-      num_slices=given.micro_batches, packing=batch.packing,
-    )  # fmt: skip
-    arrays = {'ref_logprobs': scores.logprobs}
-    return weigh_units(dataclasses.replace(batch, arrays=arrays))
-
-  prepare = jax.jit(prepare)
-  update = jax.jit(lambda s, b: train_step(s, {}, b), donate_argnums=0)
-  reference, batch = initial(trainer), pairs(given.folder)
-  params = {'actor': jax.tree.map(jnp.copy, reference)}
-  state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
-  found = []
-  while True:
-    times = [time.perf_counter()]
-    prepared = jax.block_until_ready(prepare(reference, batch))
-    times.append(time.perf_counter())
-    if not found:
-      likely = prepared.arrays['ref_logprobs'].sum(-1).reshape(-1, 2)
-    state, metrics = update(state, prepared)
-    found.append(finish(jax.device_get(metrics))['loss'])
-    times.append(time.perf_counter())
-    protocol.session().answer(
-      losses=found,
-      pair_logprobs=likely.mean(0).tolist(),
-      phases={'score': times[1] - times[0], 'update': times[2] - times[1]},
-    )
-
-
 def gemm() -> None:
   """Multiply matrices of float32: what this machine can do."""
   keys = jax.random.split(jax.random.key(0))
@@ -218,8 +180,8 @@ def main() -> None:
   with sharding.on(trainer.mesh):
     logprobs = sequence_logprobs(trainer, given.folder)
     session.answer(versions=found, logprobs=logprobs)
-    if given.job in ('generate', 'dpo'):
-      {'generate': generate, 'dpo': dpo}[given.job](trainer, given)
+    if given.job == 'generate':
+      generate(trainer, given)
   trainer.run()
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 import trl
 
 from benchmarks.peers import hf, protocol
-from benchmarks.shapes import BETA, DPO_BETA, LEARNING_RATE
+from benchmarks.shapes import BETA, DPO_BETA, LEARNING_RATE, SGD_RATE
 
 tokens = {}
 
@@ -24,13 +24,14 @@ class Pace(TrainerCallback):
 
   def __init__(self) -> None:
     self.losses: list[float] = []
-    self.pairs: list[float] = []
+    self.chosen: list[float] = []
 
   def on_log(self, args, state, control, logs, **_: Any) -> None:
     self.losses.append(float(logs['loss']))
-    if not self.pairs and 'logps/chosen' in logs:
-      self.pairs = [logs['logps/chosen'], logs['logps/rejected']]
-    figures = {'losses': self.losses, 'pair_logprobs': self.pairs}
+    figures = {'losses': self.losses}
+    if 'logps/chosen' in logs:
+      self.chosen.append(logs['logps/chosen'])
+      figures['chosen_logprobs'] = self.chosen
     if tokens:  # their losses hang on what was sampled
       figures = tokens
     protocol.session().answer(**figures)
@@ -53,12 +54,14 @@ def arguments(given: Any, rows: int) -> dict[str, Any]:
     use_cpu=True,
     bf16=False,
     gradient_checkpointing=False,
+    train_sampling_strategy='sequential',
   )
 
 
 def trainer(given: Any, model: Any) -> Any:
   shape = given.shape
-  name = 'pairs' if given.job == 'dpo' else 'demonstrations'
+  pairs = given.job in ('dpo', protocol.TRAJECTORY)
+  name = 'pairs' if pairs else 'demonstrations'
   rows = protocol.rows(given.folder, name)
   if given.job == 'grpo':
     rows = [{'prompt': row['prompt']} for row in rows]
@@ -70,10 +73,11 @@ def trainer(given: Any, model: Any) -> Any:
   if given.job == 'sft':
     args = trl.SFTConfig(**arguments(given, shape.num_rows), max_length=None)
     return trl.SFTTrainer(model, args=args, **common)
-  if given.job == 'dpo':
-    args = trl.DPOConfig(
-      **arguments(given, shape.num_pairs), max_length=None, beta=DPO_BETA
-    )
+  if pairs:
+    chosen = arguments(given, shape.num_pairs)
+    if given.job == protocol.TRAJECTORY:
+      chosen |= dict(optim='sgd', learning_rate=SGD_RATE, max_grad_norm=0.0)
+    args = trl.DPOConfig(**chosen, max_length=None, beta=DPO_BETA)
     return trl.DPOTrainer(model, args=args, **common)
   length = shape.completion_length
   args = trl.GRPOConfig(
