@@ -35,6 +35,7 @@ LAYERS = (
     *('compilation', 'control', 'critics', 'judges'),
     *('device_loop', 'drawing', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
+    'feedback',
     'judging',
     *('packing', 'pipeline', 'preferring', 'preparation', 'recipe'),
     *('rehearsal', 'schema', 'shapes', 'states'),
