@@ -1,15 +1,15 @@
 """Feedback that no person gave: judges, constitutions, oversight of the strong.
 
 `judges` prefer one completion to another and label pairs for the stage on
-preferences, `constitution` criticises and revises by written principles, and
+preferences, `principles` make a constitution that criticises and revises, and
 `oversight` says how often a weak judge sees through a stronger policy.
 """
 
-from postrain.feedback.constitution import Principle as Principle
-from postrain.feedback.constitution import Revision as Revision
-from postrain.feedback.constitution import constitution as constitution
-from postrain.feedback.constitution import revised as revised
-from postrain.feedback.constitution import violations as violations
+from postrain.feedback.principles import Principle as Principle
+from postrain.feedback.principles import Revision as Revision
+from postrain.feedback.principles import constitution as constitution
+from postrain.feedback.principles import revised as revised
+from postrain.feedback.principles import violations as violations
 from postrain.feedback.judges import Judge as Judge
 from postrain.feedback.judges import both_orders as both_orders
 from postrain.feedback.judges import labelled as labelled
