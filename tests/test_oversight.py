@@ -46,17 +46,18 @@ def test_m21_a_judge_alone_is_its_enumeration(
   assert found.accepted == pytest.approx(q**context)
 
 
-def test_m21_a_blind_judge_is_right_half_of_the_time() -> None:
-  for strength in (0.0, 1.0):
-    seen = caught(0.9, strength)
-    assert alone(5, accuracy=0.9, caught=seen, context=0).accuracy == 0.5
-  # And so is one that only guesses, whatever it is shown.
-  for verdict in (
-    alone(5, accuracy=0.5, context=3),
-    assisted(5, accuracy=0.5, critic=1.0),
-    debate(5, accuracy=0.5, debater=1.0),
-  ):
-    assert verdict.accuracy == pytest.approx(0.5)
+def test_m21_who_cannot_see_is_right_half_of_the_time() -> None:
+  """Shown nothing, guessing, or before errors that look like sound steps."""
+  assert alone(5, accuracy=0.9, context=0).accuracy == 0.5
+  for accuracy, seen in ((0.5, 0.5), (0.9, caught(0.9, 1.0))):
+    judge: Any = dict(accuracy=accuracy, caught=seen)
+    for verdict in (
+      alone(5, context=3, **judge),
+      assisted(5, critic=1.0, **judge),
+      debate(5, debater=1.0, **judge),
+      decomposed(5, num_votes=3, **judge),
+    ):
+      assert verdict.accuracy == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize('steps', [1, 2, 5, 12])
@@ -102,7 +103,7 @@ def test_m21_votes_are_a_majority_and_a_strong_policy_is_not_caught() -> None:
   assert voted(0.8, 3) == pytest.approx(0.8**3 + 3 * 0.8**2 * 0.2)
   assert voted(0.5, 5) == pytest.approx(0.5)
   assert caught(0.9, 0.0) == pytest.approx(0.9)
-  assert caught(0.9, 1.0) == pytest.approx(0.5)
+  assert caught(0.9, 0.5) == pytest.approx(0.5)
   one, five = (decomposed(9, accuracy=0.9, num_votes=n) for n in (1, 5))
   assert five.accuracy > one.accuracy
   assert five.checks == 45

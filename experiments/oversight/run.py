@@ -24,7 +24,7 @@ CRITIC = DEBATER = 0.95  # on a step, on a half
 VOTES = 9
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-AT_STEPS, AT_STRENGTH = 16, 0.4
+AT_STEPS, AT_STRENGTH = 16, 0.2
 
 Protocol = Callable[..., oversight.Verdict]
 PROTOCOLS: dict[str, Protocol] = {
@@ -73,7 +73,7 @@ def at(rows: list[dict[str, Any]], steps: int, strength: float) -> dict:
 
 def table(found: dict[str, Any]) -> str:
   """Accuracy against the number of steps, then against the strength."""
-  steps, strengths = (1, 4, 16, 64), (0.4, 0.8)
+  steps, strengths = (1, 4, 16, 64), (0.2, 0.4)
   heads = [f'K = {k}' for k in steps]
   heads += [f'K = {AT_STEPS}, strength {s}' for s in strengths]
   heads.append(f'checks, K = {AT_STEPS}')
@@ -105,7 +105,7 @@ def draw(found: dict[str, Any], path: pathlib.Path) -> None:
     right.plot(STRENGTHS, by_strength, marker='.')
   for axes in (left, right):
     axes.grid(alpha=0.3)
-  left.legend(fontsize='x-small')
+  figure.legend(loc='outside right upper', fontsize='x-small')
   figure.savefig(path, dpi=80)
 
 

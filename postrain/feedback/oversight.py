@@ -36,13 +36,14 @@ class Verdict(NamedTuple):
 def caught(accuracy: float, strength: float) -> float:
   """The chance that a judge sees that a step of a policy is wrong.
 
-      ½ + (accuracy − ½)(1 − strength)
+      (1 − strength) accuracy + strength (1 − accuracy)
 
   A policy of strength 0 errs as plainly as the steps that the judge was
-  measured on, one of strength 1 so that the judge is left to guess.
+  measured on. Wrong steps of one of strength 1 look like sound ones, so that no
+  protocol is right more than half of the time; beyond ½ votes mislead.
   """
   _check_shares(accuracy=accuracy, strength=strength)
-  return 0.5 + (accuracy - 0.5) * (1 - strength)
+  return (1 - strength) * accuracy + strength * (1 - accuracy)
 
 
 def alone(
