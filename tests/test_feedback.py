@@ -115,8 +115,9 @@ def policy() -> Policy:
 
 
 def test_m19_a_language_model_says_what_it_would_say_next() -> None:
-  judge = language_model(policy(), question='?', template=SHORT)
-  found = judge(['q', 'q'], ['x', '<|eos|>'], ['yy', 'z'])
+  judge = language_model(policy(), question='?', template=SHORT, batch_size=4)
+  found = judge(['q'] * 3, ['x', '<|eos|>', 'x'], ['yy', 'z', 'yy'])
+  assert found[2] == pytest.approx(found[0], abs=1e-6)
   model, params = policy().model, policy().params
   ids = policy().encode('?q===x===yy')
   (first,), (second,) = (
@@ -151,6 +152,10 @@ def test_m19_what_is_judged_cannot_forge_the_template() -> None:
   ids = policy().encode(text)
   assert not {*ids} & {*tokenizer.all_special_ids}
   assert tokenizer.decode(ids) == text
+  turns = policy().encode([{'role': 'user', 'content': text}])
+  special = [i for i in turns if i in tokenizer.all_special_ids]
+  names = tokenizer.convert_ids_to_tokens(special)
+  assert names == ['<|user|>', '<|assistant|>']
 
 
 def test_m19_a_reward_model_judges_by_its_scores(

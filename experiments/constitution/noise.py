@@ -36,7 +36,7 @@ def study(
     (*setting, 0.0) for setting in itertools.product(PAIRS, ORDERS, BIASES)
   ]
   rows = []
-  for pairs, orders, bias, noise in settings:
+  for pairs, orders, bias, noise in dict.fromkeys(settings):
     found = [_run(principles, pairs, orders, bias, noise, s) for s in seeds]
     accuracy, violating, base = map(list, zip(*found, strict=True))
     rows.append(dict(

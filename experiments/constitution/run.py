@@ -26,48 +26,57 @@ from postrain import feedback, pipeline, workdir
 from postrain.compilation import use_cache
 
 PRINCIPLES = feedback.constitution(constitution.PRINCIPLES)
-ROWS = ('any', *(p.name for p in PRINCIPLES), 'help', 'length')
+FIGURES = ('any', *(p.name for p in PRINCIPLES), 'help', 'length')
+VARIANTS = {
+  'online': {},
+  'online, pairs of revisions': dict(pairs='revision'),
+  'online, no term for help': dict(helpfulness=0.0),
+}
 
 
 def stages(path: pathlib.Path, seeds: range) -> dict[str, Any]:
-  """Reports of each seed: model -> figure -> value."""
-  found = []
-  for seed in seeds:
-    stages = constitution.get_pipeline(seed).items()
-    planned = pipeline.run(
-      [pipeline.Stage(*stage) for stage in stages], str(path / f'seed-{seed}')
-    )
-    report = pathlib.Path(planned[-1].directory, 'report.json')
-    found.append(json.loads(report.read_text()))
-  return {'reports': found}
+  """Figures of each model and seed; variants share the stages before them."""
+  found: dict[str, list] = {name: [] for name in ('base', 'supervised')}
+  for variant, choices in VARIANTS.items():
+    found[variant] = []
+    for seed in seeds:
+      made = constitution.get_pipeline(seed, **choices).items()
+      planned = pipeline.run(
+        [pipeline.Stage(*stage) for stage in made], str(path / f'seed-{seed}')
+      )
+      report = pathlib.Path(planned[-1].directory, 'report.json')
+      figures = json.loads(report.read_text())
+      found[variant].append(figures['online'])
+      if not choices:
+        for name in ('base', 'supervised'):
+          found[name].append(figures[name])
+  return {'models': found}
 
 
 def spread(values: Any) -> str:
   """Mean, least and most over seeds."""
-  return f'{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})'
+  return f'{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})'
 
 
 def table_of_stages(found: dict[str, Any]) -> str:
-  """A row for each figure, a column for each model."""
-  reports = found['reports']
-  names = list(reports[0])
-  lines = ['| | ' + ' | '.join(names) + ' |', '|' + ' --- |' * (1 + len(names))]
-  for row in ROWS:
-    cells = [
-      spread([report[name][row] for report in reports]) for name in names
-    ]
-    lines.append(f'| {row} | ' + ' | '.join(cells) + ' |')
+  """A row for each model, a column for each figure."""
+  lines = [
+    '| | ' + ' | '.join(FIGURES) + ' |',
+    '|' + ' --- |' * (1 + len(FIGURES)),
+  ]
+  for name, runs in found['models'].items():
+    cells = [spread([run[figure] for run in runs]) for figure in FIGURES]
+    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
 
 
 def draw_stages(found: dict[str, Any], axes: Any) -> None:
-  reports = found['reports']
-  names = list(reports[0])
-  for number, row in enumerate(ROWS[:-1]):
-    values = np.array([[r[name][row] for name in names] for r in reports])
-    style = 'k--' if row == 'help' else f'C{number}'
-    for i, run in enumerate(values):
-      axes.plot(names, run, style, lw=0.9, label=None if i else row)
+  names = ('base', 'supervised', 'online')
+  for number, figure in enumerate(FIGURES[:-1]):
+    style = 'k--' if figure == 'help' else f'C{number}'
+    values = [[r[figure] for r in found['models'][name]] for name in names]
+    for i, run in enumerate(zip(*values, strict=True)):
+      axes.plot(names, run, style, lw=0.9, label=None if i else figure)
   axes.set(ylabel='share of answers')
 
 

@@ -122,8 +122,9 @@ def compare(
       feedback.rule(functools.partial(_kept, principle), **judge)
     )
     of_it = [texts[i] for i in np.flatnonzero(drawn == number)]
-    labels = feedback.labelled(asked, *zip(*of_it, strict=True))
-    rows += [{**row, 'principle': principle.name} for row in labels]
+    if of_it:
+      labels = feedback.labelled(asked, *zip(*of_it, strict=True))
+      rows += [{**row, 'principle': principle.name} for row in labels]
   _write(directory, 'pairs.jsonl', rows)
 
 

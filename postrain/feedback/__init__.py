@@ -5,14 +5,14 @@ preferences, `principles` make a constitution that criticises and revises, and
 `oversight` says how often a weak judge sees through a stronger policy.
 """
 
-from postrain.feedback.principles import Principle as Principle
-from postrain.feedback.principles import Revision as Revision
-from postrain.feedback.principles import constitution as constitution
-from postrain.feedback.principles import revised as revised
-from postrain.feedback.principles import violations as violations
 from postrain.feedback.judges import Judge as Judge
 from postrain.feedback.judges import both_orders as both_orders
 from postrain.feedback.judges import labelled as labelled
 from postrain.feedback.judges import language_model as language_model
 from postrain.feedback.judges import reward_model as reward_model
 from postrain.feedback.judges import rule as rule
+from postrain.feedback.principles import Principle as Principle
+from postrain.feedback.principles import Revision as Revision
+from postrain.feedback.principles import constitution as constitution
+from postrain.feedback.principles import revised as revised
+from postrain.feedback.principles import violations as violations

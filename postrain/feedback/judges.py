@@ -92,8 +92,9 @@ def rule(
 
 
 def reward_model(
-  directory: str, *, max_length: int, temperature: float = 1.0
-) -> Judge:
+  directory: str, *, max_length: int, temperature: float = 1.0,
+  batch_size: int = 32,
+) -> Judge:  # fmt: skip
   """A judge by the scores of a reward model, which knows no position.
 
       p = σ((s_a − s_b) / temperature)
@@ -103,6 +104,7 @@ def reward_model(
       its tokenizer.
     max_length: of a prompt, its completion and the stop token, in tokens.
     temperature: > 0.
+    batch_size: rows that the model reads at once, two for each pair.
 
   Raises:
     ValueError: the temperature, the directory, or a text over the limit.
@@ -116,11 +118,12 @@ def reward_model(
 
   def judge(prompts: Texts, firsts: Texts, seconds: Texts) -> np.ndarray:
     rows = [
-      Preference(prompt, pair, ranks=(0, 1))
+      Preference(prompt, tuple(pair), ranks=(0, 1))
       for prompt, *pair in zip(prompts, firsts, seconds, strict=True)
     ]
     units = data.encode_pairs(tokenizer, rows, max_length=max_length)
-    scores = np.asarray(scored(loaded.params, units.tokens, units.valid))
+    score = functools.partial(scored, loaded.params)
+    scores = _in_pieces(score, (units.tokens, units.valid), batch_size)
     distance = np.float64(scores[::2] - scores[1::2])
     return _sigmoid(distance / temperature)
 
@@ -133,7 +136,9 @@ def language_model(
   question: str,
   template: str = TEMPLATE,
   answers: tuple[str, str] = (' A', ' B'),
+  chat: bool = False,
   max_length: int = 2048,
+  batch_size: int = 32,
 ) -> Judge:
   """A judge by what a language model would say next: A, or B.
 
@@ -151,7 +156,10 @@ def language_model(
       ``{question}``, each at least once.
     answers: how the first and the second are named behind it; of equally many
       tokens, lest a longer one be less likely.
+    chat: whether the template is what a user says, in the chat template of the
+      tokenizer; an answer then begins a turn: ('A', 'B').
     max_length: of the template with its texts and an answer, in tokens.
+    batch_size: rows that the model reads at once, two for each pair.
 
   Raises:
     ValueError: a template without a field, answers that are no two names, or
@@ -181,9 +189,13 @@ def language_model(
     return scores.logprobs.sum(-1)
 
   def judge(prompts: Texts, firsts: Texts, seconds: Texts) -> np.ndarray:
-    asked = [
-      policy.encode(_filled(template, question, *texts))
+    said = [
+      _filled(template, question, *texts)
       for texts in zip(prompts, firsts, seconds, strict=True)
+    ]
+    asked = [
+      policy.encode([{'role': 'user', 'content': text}] if chat else text)
+      for text in said
     ]
     rows = [ids + end for ids in asked for end in ends]
     length = bucket(max(map(len, rows)), sizes)
@@ -192,8 +204,10 @@ def language_model(
     )
     starts = np.repeat([len(ids) for ids in asked], 2)
     arrays = tokens, valid, valid & (np.arange(length) >= starts[:, None])
-    said = np.asarray(likelihoods(params, *map(jnp.asarray, arrays)))
-    return _sigmoid(np.float64(said[::2] - said[1::2]))
+    found = _in_pieces(
+      functools.partial(likelihoods, params), arrays, batch_size
+    )
+    return _sigmoid(np.float64(found[::2] - found[1::2]))
 
   return judge
 
@@ -261,6 +275,17 @@ def _filled(
   )  # fmt: skip
   fields = re.compile('|'.join(rf'\{{{name}\}}' for name in FIELDS))
   return fields.sub(lambda found: texts[found[0][1:-1]], template)
+
+
+def _in_pieces(
+  fn: Callable[..., Any], arrays: Sequence[np.ndarray], size: int
+) -> np.ndarray:
+  """One figure for each row; the last piece is filled up, to keep the shape."""
+  number = len(arrays[0])
+  rows = np.arange(-(-number // size) * size) % number
+  pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+  found = [fn(*(jnp.asarray(x[piece]) for x in arrays)) for piece in pieces]
+  return np.concatenate(jax.device_get(found))[:number]
 
 
 def _sigmoid(x: Float[np.ndarray, ' N']) -> Float[np.ndarray, ' N']:
