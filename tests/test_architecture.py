@@ -35,6 +35,7 @@ LAYERS = (
     *('compilation', 'control', 'critics', 'judges'),
     *('device_loop', 'drawing', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
+    'feedback',
     'judging',
     *('packing', 'pairing', 'pipeline', 'preference_checks', 'preferring'),
     *('preparation', 'recipe'),

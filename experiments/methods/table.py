@@ -25,7 +25,7 @@ tests.
 """
 # Without a row: what has no function of its own in the mathematics.
 LATER = {
-  '20, 21, 31': 'the loops of constitutions, oversight and GRPO',
+  '31': 'the loop of GRPO',
   '36, 44': 'recipes whose parts are 8, 29 and 37 to 40',
   '79': 'reinforcement learning of a controller inside a frozen model',
   '81 to 84, 87 to 97, 99 to 101': 'staged pipelines and curricula',
@@ -56,7 +56,11 @@ METHODS = {
        ' critics.copied'),
   17: ('minibatches', 'losses.ppo_clip'),
   18: ('diagnostics of over-optimisation', 'reporting.rollout_figures'),
-  19: ('RLAIF', 'losses.soft_preference losses.swap_averaged'),
+  19: ('RLAIF', 'losses.soft_preference losses.swap_averaged feedback.rule'
+       ' feedback.language_model feedback.reward_model feedback.both_orders'),
+  20: ('constitutional AI', 'feedback.constitution feedback.revised'),
+  21: ('oversight', 'feedback.oversight.alone feedback.oversight.assisted'
+       ' feedback.oversight.debate feedback.oversight.decomposed'),
   22: ('DPO and its family', 'losses.dpo losses.robust_dpo losses.f_dpo'
        ' losses.length_normalized_dpo losses.hinge losses.exo_pair losses.aot'
        ' losses.discopop losses.apo_zero losses.apo_down'),

@@ -1,0 +1,146 @@
+"""A constitution taught by feedback that no person gave, and what spoils it.
+
+  python experiments/constitution/run.py --part=pipeline \\
+    --workdir=runs/constitution
+  python experiments/constitution/run.py --part=noise \\
+    --workdir=runs/constitution
+
+The first runs the stages of configs/constitution.py with each seed (started
+again, it continues), the second judges with noise and with a taste for a
+position. Each prints tables, and writes PART.json and PART.png.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from configs import constitution
+from experiments.constitution import noise
+from postrain import feedback, pipeline, workdir
+from postrain.compilation import use_cache
+
+PRINCIPLES = feedback.constitution(constitution.PRINCIPLES)
+FIGURES = ('any', *(p.name for p in PRINCIPLES), 'help', 'length')
+VARIANTS = {
+  'online': {},
+  'online, pairs of revisions': dict(pairs='revision'),
+  'online, no term for help': dict(helpfulness=0.0),
+}
+
+
+def stages(path: pathlib.Path, seeds: range) -> dict[str, Any]:
+  """Figures of each model and seed; variants share the stages before them."""
+  found: dict[str, list] = {name: [] for name in ('base', 'supervised')}
+  for variant, choices in VARIANTS.items():
+    found[variant] = []
+    for seed in seeds:
+      made = constitution.get_pipeline(seed, **choices).items()
+      planned = pipeline.run(
+        [pipeline.Stage(*stage) for stage in made], str(path / f'seed-{seed}')
+      )
+      report = pathlib.Path(planned[-1].directory, 'report.json')
+      figures = json.loads(report.read_text())
+      found[variant].append(figures['online'])
+      if not choices:
+        for name in ('base', 'supervised'):
+          found[name].append(figures[name])
+  return {'models': found}
+
+
+def spread(values: Any) -> str:
+  """Mean, least and most over seeds."""
+  return f'{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})'
+
+
+def table_of_stages(found: dict[str, Any]) -> str:
+  """A row for each model, a column for each figure."""
+  lines = [
+    '| | ' + ' | '.join(FIGURES) + ' |',
+    '|' + ' --- |' * (1 + len(FIGURES)),
+  ]
+  for name, runs in found['models'].items():
+    cells = [spread([run[figure] for run in runs]) for figure in FIGURES]
+    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines)
+
+
+def draw_stages(found: dict[str, Any], axes: Any) -> None:
+  names = ('base', 'supervised', 'online')
+  for number, figure in enumerate(FIGURES[:-1]):
+    style = 'k--' if figure == 'help' else f'C{number}'
+    values = [[r[figure] for r in found['models'][name]] for name in names]
+    for i, run in enumerate(zip(*values, strict=True)):
+      axes.plot(names, run, style, lw=0.9, label=None if i else figure)
+  axes.set(ylabel='share of answers')
+
+
+def table_of_noise(found: dict[str, Any]) -> str:
+  """Each setting: accuracy of the labels, what violates after training."""
+  lines = [
+    '| pairs | asked in | position | noise | labels right | violating |',
+    '|' + ' --- |' * 6,
+  ]
+  for row in found['rows']:
+    orders = {'single': 'one order', 'both': 'both orders'}[row['orders']]
+    lines.append(
+      f'| {row["pairs"]} | {orders} | {row["bias"]} | {row["noise"]} |'
+      f' {spread(row["accuracy"])} | {spread(row["violating"])} |'
+    )
+  base = [x for row in found['rows'] for x in row['base']]
+  return '\n'.join([*lines, '', f'before training: {np.mean(base):.3f}'])
+
+
+def draw_noise(found: dict[str, Any], axes: Any) -> None:
+  curves: dict[str, list] = {}
+  for row in found['rows']:
+    if not row['noise']:
+      name = f'{row["pairs"]}, {row["orders"]} order'
+      curves.setdefault(name, []).append((row['bias'], row['violating']))
+  for name, points in curves.items():
+    biases, values = zip(*dict(points).items(), strict=True)
+    axes.plot(biases, np.mean(values, axis=1), marker='.', label=name)
+  axes.set(xlabel='position bias, logits', ylabel='answers that violate')
+
+
+def noises(path: pathlib.Path, seeds: range) -> dict[str, Any]:
+  del path
+  return {'rows': noise.study(PRINCIPLES, seeds)}
+
+
+PARTS = {
+  'pipeline': (stages, table_of_stages, draw_stages),
+  'noise': (noises, table_of_noise, draw_noise),
+}
+
+
+def main() -> None:
+  from matplotlib.figure import Figure
+
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--part', choices=PARTS, required=True)
+  parser.add_argument('--workdir', required=True, type=pathlib.Path)
+  parser.add_argument('--seeds', type=int, default=3)
+  flags = parser.parse_args()
+  use_cache()
+  study, table, draw = PARTS[flags.part]
+  flags.workdir.mkdir(parents=True, exist_ok=True)
+  found = study(flags.workdir, range(flags.seeds))
+  record = {'commit': workdir.commit(), 'seeds': flags.seeds, **found}
+  workdir.write_json(str(flags.workdir / f'{flags.part}.json'), record)
+  figure = Figure((5.6, 3.4), layout='constrained')
+  axes = figure.subplots()
+  draw(found, axes)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize='x-small')
+  figure.savefig(flags.workdir / f'{flags.part}.png', dpi=80)
+  print(table(found))
+
+
+if __name__ == '__main__':
+  main()
