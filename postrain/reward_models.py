@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from postrain.batches import call_by_name, check_packing
+from postrain.dtypes import promoted
 from postrain.losses import score_centering, step_correctness
 from postrain.objectives import masked_mean
 from postrain.scoring import in_slices, map_logits, masked_states, read_states
@@ -28,6 +29,7 @@ from postrain.types import (
 __all__ = [
   'completion_objective',
   'completion_scores',
+  'ensemble',
   'label_score',
   'step_ends',
   'step_objective',
@@ -122,6 +124,51 @@ def completion_scores(
     return _at_ends(model, params, states, valid)
 
   return in_slices(of_slice, (tokens, valid, packing), num_slices)
+
+
+def ensemble(
+  scores: Float[Array, 'M N'],
+  *,
+  aggregate: str = 'mean',
+  coef: Scalar = 1.0,
+) -> Float[Array, ' N']:
+  """One reward of M models, less where they disagree.
+
+      mean_m s_m,   min_m s_m   or   mean_m s_m − β √(mean_m (s_m − mean)²)
+
+  A policy finds where one model errs; several of other seeds err in other
+  places. Only differences within a prompt are learnt by a model, so that
+  before any but the mean the scores of each want the same zero and scale:
+  subtract their mean over completions of the reference. The paper of the last
+  form charges the variance in place of its root.
+
+  Args:
+    scores: of N completions by M models.
+    aggregate: 'mean', 'min' or 'lower', the bound by the deviation.
+    coef: β ≥ 0, of 'lower' alone; it may be traced.
+
+  Returns:
+    Rewards, constants.
+
+  Raises:
+    ValueError: unknown aggregate.
+
+  References:
+    Coste et al., 2023, Reward Model Ensembles Help Mitigate Overoptimization,
+    arXiv:2310.02743; Eisenstein et al., 2023, Helping or Herding?,
+    arXiv:2312.09244.
+  """
+  scores = jax.lax.stop_gradient(promoted(scores)[0])
+  if aggregate == 'min':
+    return jnp.min(scores, axis=0)
+  mean = jnp.mean(scores, axis=0)
+  if aggregate == 'mean':
+    return mean
+  if aggregate != 'lower':
+    raise ValueError(
+      f"aggregate is {aggregate!r}; choose 'mean', 'min' or 'lower'"
+    )
+  return mean - coef * jnp.std(scores, axis=0)
 
 
 def _at_tokens(

@@ -23,6 +23,7 @@ LAYERS = (
   {
     *('adapted', 'batches', 'couplings', 'internals', 'models', 'objectives'),
     *('optimizers', 'reward_models', 'sampling', 'scoring', 'sharding'),
+    'step_labels',
     *('tasks', 'train_step', 'types', 'values'),
   },
   {

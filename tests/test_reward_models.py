@@ -18,6 +18,7 @@ from postrain.models.wrap import plain
 from postrain.reward_models import (
   completion_objective,
   completion_scores,
+  ensemble,
   label_score,
   step_ends,
   step_objective,
@@ -247,6 +248,30 @@ def test_units_of_any_size_are_ranked(loss):
   fair = {losses.plackett_luce: np.log(6), losses.ranked_pairs: np.log(2)}
   np.testing.assert_allclose(value, fair[loss], rtol=1e-6)
   assert finish(metrics)['loss'] == pytest.approx(float(value))
+
+
+def test_an_ensemble_pays_less_where_its_models_disagree():
+  scores = jnp.array([[1.0, 2.0, -3.0], [3.0, 2.0, 0.0], [2.0, 2.0, 0.0]])
+  found = {a: ensemble(scores, aggregate=a) for a in ('mean', 'min', 'lower')}
+  np.testing.assert_allclose(found['mean'], [2, 2, -1], atol=1e-6)
+  np.testing.assert_array_equal(found['min'], [1, 2, -3])
+  spread = [np.sqrt(2 / 3), 0, np.sqrt(2)]
+  np.testing.assert_allclose(
+    found['lower'], found['mean'] - jnp.array(spread), atol=1e-6
+  )
+  # One model is no ensemble; order is none either; a coefficient is traced.
+  for aggregate in found:
+    one = ensemble(scores[:1], aggregate=aggregate)
+    np.testing.assert_array_equal(one, scores[0])
+    turned = ensemble(scores[::-1], aggregate=aggregate)
+    np.testing.assert_allclose(turned, found[aggregate], atol=1e-6)
+  free = jax.jit(lambda c: ensemble(scores, aggregate='lower', coef=c))(0.0)
+  np.testing.assert_allclose(free, found['mean'], atol=1e-6)
+  # A deviation of 0 has no gradient that is a number; rewards are constants.
+  gradient = jax.grad(lambda s: ensemble(s, aggregate='lower').sum())(scores)
+  np.testing.assert_array_equal(gradient, 0)
+  with pytest.raises(ValueError, match="aggregate is 'median'; choose 'mean'"):
+    ensemble(scores, aggregate='median')
 
 
 WORTH = jnp.array([0.0, 2.0, -1.0, 0.5, -2.0, 1.0, 3.0, -0.5])

@@ -24,6 +24,7 @@ BLOCKS = [
   {'name': 'tabular'},
   {'name': 'tabular', 'stop_id': 2},
   {'name': 'preference'},
+  {'name': 'chain', 'num_repeats': 1},
 ]
 
 
