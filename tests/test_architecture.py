@@ -38,7 +38,7 @@ LAYERS = (
     'judging',
     *('packing', 'pipeline', 'preferring', 'preparation', 'recipe'),
     *('rehearsal', 'schema', 'shapes', 'states'),
-    *('streaming', 'trainer'),
+    *('streaming', 'sweeps', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}

@@ -1,0 +1,155 @@
+"""Rows in worker processes of this machine."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+import contextlib
+import os
+import selectors
+import subprocess
+import sys
+from typing import Any
+
+from postrain.sweeps.board import Board
+from postrain.sweeps.planning import Planned
+from postrain.sweeps.worker import PREEMPTED
+
+COMMAND = (sys.executable, '-m', 'postrain.sweeps.worker')
+REFRESH = 1.0  # seconds
+
+
+class _Worker:
+  """A process, and the row that it runs."""
+
+  def __init__(self, command: Sequence[str], cores: Sequence[int]):
+    self.process = subprocess.Popen(
+      [*command, f'--cores={",".join(map(str, cores))}'],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      bufsize=0,
+      start_new_session=True,  # an interrupt is for us, who then stop it
+    )
+    self.cores = cores
+    self.row: Planned | None = None
+
+  def start(self, planned: Planned) -> None:
+    """Have it run a row; a process that is gone is noticed when it is read."""
+    self.row = planned
+    with contextlib.suppress(BrokenPipeError):
+      self.process.stdin.write(f'{planned.directory}\n'.encode())
+
+  def stop(self) -> None:
+    """End it, whatever it does."""
+    self.process.kill()
+    self.process.wait()
+    for pipe in (self.process.stdin, self.process.stdout):
+      if pipe is not None:
+        pipe.close()
+
+
+def run(
+  rows: Sequence[Planned],
+  *,
+  num_workers: int,
+  num_retries: int = 2,
+  command: Sequence[str] = COMMAND,
+  say: Callable[[str], Any] = print,
+) -> list[Planned]:
+  """Run what is not finished, each row in one of the processes.
+
+  A process keeps to its share of the cores, so that a row has the same bits
+  whatever runs beside it.
+
+  Args:
+    rows: of `planning.plan`, claimed.
+    num_workers: processes at a time.
+    num_retries: how often a row that failed, or was killed, is started again;
+      one that ended with status 75 was preempted, which does not count.
+    command: of a worker, see `postrain.sweeps.worker`.
+    say: takes the lines that people read.
+
+  Returns:
+    The rows that failed.
+
+  Raises:
+    ValueError: a number of workers or of retries that cannot be.
+  """
+  if num_retries < 0:
+    raise ValueError(f'retries={num_retries}: give at least 0')
+  shares = core_shares(num_workers)
+  board = Board(rows, say)
+  waiting = deque(planned for planned in rows if not planned.finished)
+  failures: dict[str, int] = {}
+  workers: list[_Worker] = []
+  with selectors.DefaultSelector() as selector:
+
+    def hire(share: Sequence[int]) -> None:
+      if waiting:
+        worker = _Worker(command, share)
+        workers.append(worker)
+        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        assign(worker)
+
+    def assign(worker: _Worker) -> None:
+      worker.start(waiting.popleft())
+      board.started(worker.row)
+
+    def dismiss(worker: _Worker) -> None:
+      selector.unregister(worker.process.stdout)
+      workers.remove(worker)
+      worker.stop()
+
+    try:
+      for share in shares:
+        hire(share)
+      while workers:
+        for key, _ in selector.select(REFRESH):
+          worker = key.data
+          planned = worker.row
+          done = os.read(key.fd, 64) == b'done\n' and planned.finished
+          if not done:
+            status = worker.process.wait()
+            again = _again(planned, status, failures, num_retries)
+            board.ended(planned, status, again)
+            if again:
+              waiting.append(planned)
+            dismiss(worker)
+            hire(worker.cores)
+            continue
+          board.finished(planned)
+          if waiting:
+            assign(worker)
+          else:
+            dismiss(worker)
+        board.refresh()
+    finally:
+      for worker in [*workers]:
+        dismiss(worker)
+  return [planned for planned in rows if not planned.finished]
+
+
+def core_shares(num_workers: int) -> list[list[int]]:
+  """Which cores each process may use, all of the same number.
+
+  Raises:
+    ValueError: more processes than cores, or none.
+  """
+  if hasattr(os, 'sched_getaffinity'):
+    cores = sorted(os.sched_getaffinity(0))
+  else:
+    cores = list(range(os.cpu_count() or 1))
+  if not 0 < num_workers <= len(cores):
+    raise ValueError(
+      f'workers={num_workers}: give 1 to {len(cores)}, the number of cores'
+    )
+  size = len(cores) // num_workers
+  return [cores[i * size : (i + 1) * size] for i in range(num_workers)]
+
+
+def _again(
+  planned: Planned, status: int, failures: dict[str, int], num_retries: int
+) -> bool:
+  """Whether a row whose process has ended is started once more."""
+  if status == PREEMPTED:
+    return True
+  failures[planned.identity] = failures.get(planned.identity, 0) + 1
+  return failures[planned.identity] <= num_retries
