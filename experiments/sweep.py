@@ -2,8 +2,8 @@
 
   python experiments/sweep.py SWEEP.py --backend=local --workdir=runs/sweep
 
-The file has get_config(), the base, and get_sweep(), which yields rows; SLURM
-or XPK, a dict, for those backends. See docs/ablations.md.
+The file has get_config(), the base, and get_sweep(), which yields rows, or
+get_search(); SLURM or XPK, a dict, for those backends. See docs/ablations.md.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))
 
 from postrain import sweeps
-from postrain.sweeps import jobs, local
+from postrain.sweeps import jobs, local, searching
 
 Planned = sweeps.Planned
 
@@ -31,7 +31,8 @@ def load(path: str) -> dict[str, Any]:
   if not os.path.isfile(path):
     raise ValueError(f'{path}: there is no such file')
   found = runpy.run_path(path)
-  for name in ('get_config', 'get_sweep'):
+  rows = 'get_search' if 'get_search' in found else 'get_sweep'
+  for name in ('get_config', rows):
     if not callable(found.get(name)):
       raise ValueError(
         f'{path} has no function {name}(): see docs/ablations.md'
@@ -71,6 +72,8 @@ def parse() -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> int:
   """Run or submit what is not finished; the status of the process."""
   found, root = load(flags.sweep), os.path.abspath(flags.workdir)
+  if 'get_search' in found:
+    return search(flags, found, root)
   rows = sweeps.plan(
     found['get_config'](), found['get_sweep'](), root,
     assemble=flags.backend != 'xpk',
@@ -91,6 +94,28 @@ def run(flags: argparse.Namespace) -> int:
   for planned in failed:
     print(f'failed: {planned.row.name}: {planned.directory}')
   return bool(failed)
+
+
+def search(flags: argparse.Namespace, found: dict[str, Any], root: str) -> int:
+  """Run rows one after another, as a study draws them."""
+  if flags.backend != 'local' or flags.workers != 1 or flags.dry_run:
+    raise ValueError(
+      f'{flags.sweep} has get_search(), whose rows wait for one another: take'
+      ' --backend=local, --workers=1 and no --dry-run'
+    )
+  choices = found['get_search']()
+
+  def run_last(rows: list[Planned]) -> list[Planned]:
+    with sweeps.claim(rows, root):
+      return local.run(rows[-1:], num_workers=1, num_retries=flags.retries)
+
+  trials = searching.search(found['get_config'](), choices, root, run_last)
+  best = searching.best(trials, choices)
+  if best is None:
+    print(f'all {len(trials)} rows failed: {root}')
+    return 1
+  print(f'best {choices.figure} {best.value:.4g}: {best.planned.row.name}')
+  return 0
 
 
 def submit(

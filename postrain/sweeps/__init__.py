@@ -15,11 +15,13 @@ from postrain.sweeps.rows import (
   seeds,
   zipped,
 )
+from postrain.sweeps.searching import Search
 
 __all__ = [
   'Planned',
   'Range',
   'Row',
+  'Search',
   'claim',
   'crossed',
   'grid',

@@ -189,9 +189,10 @@ def xpk(
       'command': shlex.join(run),
     }
     words = [f'--{k}={v}' for k, v in options.items() if v is not None]
-    commands.append(['xpk', 'workload', 'create', *words])
-  lines = (' \\\n  '.join(map(shlex.quote, words)) for words in commands)
-  return '#!/bin/bash\nset -eu\n' + '\n'.join(lines) + '\n'
+    commands.append(
+      ' \\\n  '.join(['xpk workload create', *map(shlex.quote, words)])
+    )
+  return '#!/bin/bash\nset -eu\n' + '\n'.join(commands) + '\n'
 
 
 def _word(where: str, name: str, value: Any) -> str:

@@ -28,6 +28,8 @@ class _Worker:
       bufsize=0,
       start_new_session=True,  # an interrupt is for us, who then stop it
     )
+    self.stdin: Any = self.process.stdin
+    self.stdout: Any = self.process.stdout
     self.cores = cores
     self.row: Planned | None = None
 
@@ -35,15 +37,14 @@ class _Worker:
     """Have it run a row; a process that is gone is noticed when it is read."""
     self.row = planned
     with contextlib.suppress(BrokenPipeError):
-      self.process.stdin.write(f'{planned.directory}\n'.encode())
+      self.stdin.write(f'{planned.directory}\n'.encode())
 
   def stop(self) -> None:
     """End it, whatever it does."""
     self.process.kill()
     self.process.wait()
-    for pipe in (self.process.stdin, self.process.stdout):
-      if pipe is not None:
-        pipe.close()
+    self.stdin.close()
+    self.stdout.close()
 
 
 def run(
@@ -86,15 +87,16 @@ def run(
       if waiting:
         worker = _Worker(command, share)
         workers.append(worker)
-        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        selector.register(worker.stdout, selectors.EVENT_READ, worker)
         assign(worker)
 
     def assign(worker: _Worker) -> None:
-      worker.start(waiting.popleft())
-      board.started(worker.row)
+      planned = waiting.popleft()
+      worker.start(planned)
+      board.started(planned)
 
     def dismiss(worker: _Worker) -> None:
-      selector.unregister(worker.process.stdout)
+      selector.unregister(worker.stdout)
       workers.remove(worker)
       worker.stop()
 
@@ -103,23 +105,24 @@ def run(
         hire(share)
       while workers:
         for key, _ in selector.select(REFRESH):
-          worker = key.data
-          planned = worker.row
-          done = os.read(key.fd, 64) == b'done\n' and planned.finished
-          if not done:
-            status = worker.process.wait()
-            again = _again(planned, status, failures, num_retries)
-            board.ended(planned, status, again)
-            if again:
-              waiting.append(planned)
-            dismiss(worker)
-            hire(worker.cores)
+          worker, planned = key.data, key.data.row
+          said = os.read(key.fd, 64)
+          if said and planned.finished:
+            board.finished(planned)
+            if waiting:
+              assign(worker)
+            else:
+              dismiss(worker)
             continue
-          board.finished(planned)
-          if waiting:
-            assign(worker)
-          else:
-            dismiss(worker)
+          if said:  # of a row that is not finished: it cannot be trusted
+            worker.process.kill()
+          status = worker.process.wait()
+          again = _again(planned, status, failures, num_retries)
+          board.ended(planned, status, again)
+          if again:
+            waiting.append(planned)
+          dismiss(worker)
+          hire(worker.cores)
         board.refresh()
     finally:
       for worker in [*workers]:

@@ -137,19 +137,18 @@ def as_row(given: Any, where: str) -> Row:
     ValueError: it is neither.
   """
   if isinstance(given, Row):
-    labels, overrides = given
-    _check_paths(labels, where)
-    if not all(isinstance(label, str) for label in labels.values()):
-      raise ValueError(f'{where}: labels={labels!r}: they must be texts')
-  elif isinstance(given, Mapping):
-    labels, overrides = None, given
-  else:
+    _check_paths(given.labels, where)
+    _check_paths(given.overrides, where)
+    if not all(isinstance(each, str) for each in given.labels.values()):
+      raise ValueError(f'{where}: labels={given.labels!r}: they must be texts')
+    return given
+  if not isinstance(given, Mapping):
     raise ValueError(
       f"{where} is {given!r:.80}: give a dict of overrides, {{'seed': 1}}, or"
       ' what sweeps.grid, named, crossed ... make'
     )
-  _check_paths(overrides, where)
-  return _row(overrides, [*overrides.values()]) if labels is None else given
+  _check_paths(given, where)
+  return _row(given, [*given.values()])
 
 
 def _check_paths(paths: Any, where: str) -> None:
@@ -176,14 +175,14 @@ def _check_axes(axes: Axes) -> None:
 
 def _row(paths: Iterable[str], values: Sequence[Any]) -> Row:
   overrides = dict(zip(paths, values, strict=True))
-  return Row({k: _label(v) for k, v in overrides.items()}, overrides)
+  return Row({k: label(v) for k, v in overrides.items()}, overrides)
 
 
-def _label(value: Any) -> str:
-  """A block is called by its name where it is nothing else."""
+def label(value: Any) -> str:
+  """What people call a value: a block that is a name alone by its name."""
   if isinstance(value, Mapping) and set(value) == {'name'}:
     return str(value['name'])
-  return f'{value:.4g}' if isinstance(value, float) else str(value)
+  return f'{value:.6g}' if isinstance(value, float) else str(value)
 
 
 def _drawn(path: str, axis: Any, draws: np.random.Generator) -> Any:

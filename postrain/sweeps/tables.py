@@ -73,20 +73,30 @@ def results(root: str, figure: str, *, last: int = 1) -> list[Result]:
     directory = os.path.join(root, entry['directory'])
     if not os.path.exists(os.path.join(directory, 'finished.json')):
       continue
-    rows = list(metrics.read(os.path.join(directory, FILES[0])))
-    points = [(row['step'], row[figure]) for row in rows if figure in row]
-    if not points:
-      names = sorted({name for row in rows for name in row} - {'step'})
-      raise ValueError(
-        f'({entry["name"]}) has no figure {figure!r}; it has: '
-        + ', '.join(names)
-      )
-    steps, values = map(np.array, zip(*points, strict=True))
-    final = float(values[-last:].mean())
-    found.append(Result(entry['labels'], steps, values, final))
+    found.append(result(directory, entry['labels'], figure, last))
   if not found:
     raise ValueError(f'none of the {len(entries)} rows in {root} has finished')
   return found
+
+
+def result(
+  directory: str, labels: dict[str, str], figure: str, last: int = 1
+) -> Result:
+  """Read a figure of the row in a directory.
+
+  Raises:
+    ValueError: it has no such figure.
+  """
+  rows = list(metrics.read(os.path.join(directory, FILES[0])))
+  points = [(row['step'], row[figure]) for row in rows if figure in row]
+  if not points:
+    names = sorted({name for row in rows for name in row} - {'step'})
+    raise ValueError(
+      f'({" ".join(labels.values())}) has no figure {figure!r}; it has:'
+      f' {", ".join(names)}'
+    )
+  steps, values = map(np.array, zip(*points, strict=True))
+  return Result(labels, steps, values, float(values[-last:].mean()))
 
 
 def summary(values: Iterable[float]) -> Summary:
@@ -96,7 +106,7 @@ def summary(values: Iterable[float]) -> Summary:
   if len(array) < 2:
     return Summary(1, mean, math.nan, math.nan, math.nan)
   error = float(array.std(ddof=1)) / len(array) ** 0.5
-  _, low, high = bootstrap_interval(array)
+  _, low, high = bootstrap_interval(array, num_resamples=2000)
   return Summary(len(array), mean, error, low, high)
 
 
