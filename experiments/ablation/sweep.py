@@ -65,6 +65,7 @@ ADDING = {
 def get_sweep() -> Iterable[Row]:
   return crossed(
     named('task', {'sort': {}, 'add': ADDING}),
+    seeds(NUM_SEEDS),  # before the cells: a part of the sweep has some of each
     named('advantage', {
       name: {'advantage': dict(name=name)}
       for name in ('group_normalized', 'group_centered', 'batch_normalized')
@@ -77,5 +78,4 @@ def get_sweep() -> Iterable[Row]:
       str(clip): {'loss.clip_low': clip, 'loss.clip_high': clip}
       for clip in (0.2, 0.02)
     }),
-    seeds(NUM_SEEDS),
   )  # fmt: skip

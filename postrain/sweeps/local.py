@@ -77,57 +77,78 @@ def run(
   if num_retries < 0:
     raise ValueError(f'retries={num_retries}: give at least 0')
   shares = core_shares(num_workers)
-  board = Board(rows, say)
-  waiting = deque(planned for planned in rows if not planned.finished)
-  failures: dict[str, int] = {}
-  workers: list[_Worker] = []
-  with selectors.DefaultSelector() as selector:
-
-    def hire(share: Sequence[int]) -> None:
-      if waiting:
-        worker = _Worker(command, share)
-        workers.append(worker)
-        selector.register(worker.stdout, selectors.EVENT_READ, worker)
-        assign(worker)
-
-    def assign(worker: _Worker) -> None:
-      planned = waiting.popleft()
-      worker.start(planned)
-      board.started(planned)
-
-    def dismiss(worker: _Worker) -> None:
-      selector.unregister(worker.stdout)
-      workers.remove(worker)
-      worker.stop()
-
-    try:
-      for share in shares:
-        hire(share)
-      while workers:
-        for key, _ in selector.select(REFRESH):
-          worker, planned = key.data, key.data.row
-          said = os.read(key.fd, 64)
-          if said and planned.finished:
-            board.finished(planned)
-            if waiting:
-              assign(worker)
-            else:
-              dismiss(worker)
-            continue
-          if said:  # of a row that is not finished: it cannot be trusted
-            worker.process.kill()
-          status = worker.process.wait()
-          again = _again(planned, status, failures, num_retries)
-          board.ended(planned, status, again)
-          if again:
-            waiting.append(planned)
-          dismiss(worker)
-          hire(worker.cores)
-        board.refresh()
-    finally:
-      for worker in [*workers]:
-        dismiss(worker)
+  with _Pool(rows, num_retries, command, Board(rows, say)) as pool:
+    for share in shares:
+      pool.hire(share)
+    while pool.workers:
+      pool.heed()
   return [planned for planned in rows if not planned.finished]
+
+
+class _Pool(contextlib.ExitStack):
+  """The processes, what waits for one, and how often what has failed."""
+
+  def __init__(
+    self,
+    rows: Sequence[Planned],
+    num_retries: int,
+    command: Sequence[str],
+    board: Board,
+  ):
+    super().__init__()
+    self.workers: list[_Worker] = []
+    self._waiting = deque(planned for planned in rows if not planned.finished)
+    self._failures: dict[str, int] = {}
+    self._num_retries, self._command, self._board = num_retries, command, board
+    self._selector = self.enter_context(selectors.DefaultSelector())
+    self.callback(lambda: [worker.stop() for worker in self.workers])
+
+  def hire(self, share: Sequence[int]) -> None:
+    """Start a process on these cores, if a row waits for it."""
+    if self._waiting:
+      worker = _Worker(self._command, share)
+      self.workers.append(worker)
+      self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
+      self._assign(worker)
+
+  def heed(self) -> None:
+    """Wait a moment for what processes say; give them more to do."""
+    for key, _ in self._selector.select(REFRESH):
+      worker, planned = key.data, key.data.row
+      said = os.read(key.fd, 64)
+      if said and planned.finished:
+        self._board.finished(planned)
+        if self._waiting:
+          self._assign(worker)
+        else:
+          self._dismiss(worker)
+        continue
+      if said:  # of a row that is not finished: it cannot be trusted
+        worker.process.kill()
+      status = worker.process.wait()
+      again = self._again(planned, status)
+      self._board.ended(planned, status, again)
+      self._dismiss(worker)
+      self.hire(worker.cores)
+    self._board.refresh()
+
+  def _assign(self, worker: _Worker) -> None:
+    planned = self._waiting.popleft()
+    worker.start(planned)
+    self._board.started(planned)
+
+  def _dismiss(self, worker: _Worker) -> None:
+    self._selector.unregister(worker.stdout)
+    self.workers.remove(worker)
+    worker.stop()
+
+  def _again(self, planned: Planned, status: int) -> bool:
+    """Whether a row whose process has ended waits once more."""
+    failed = self._failures.get(planned.identity, 0) + (status != PREEMPTED)
+    self._failures[planned.identity] = failed
+    if failed <= self._num_retries:
+      self._waiting.append(planned)
+    return failed <= self._num_retries
 
 
 def core_shares(num_workers: int) -> list[list[int]]:
@@ -146,13 +167,3 @@ def core_shares(num_workers: int) -> list[list[int]]:
     )
   size = len(cores) // num_workers
   return [cores[i * size : (i + 1) * size] for i in range(num_workers)]
-
-
-def _again(
-  planned: Planned, status: int, failures: dict[str, int], num_retries: int
-) -> bool:
-  """Whether a row whose process has ended is started once more."""
-  if status == PREEMPTED:
-    return True
-  failures[planned.identity] = failures.get(planned.identity, 0) + 1
-  return failures[planned.identity] <= num_retries
