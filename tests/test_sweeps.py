@@ -391,17 +391,41 @@ def test_an_unknown_backend_is_named(command, monkeypatch, capsys):
   assert "invalid choice: 'cloud'" in capsys.readouterr().err
 
 
+def started(tmp_path: pathlib.Path) -> dict[str, str]:
+  """An environment in which processes start soon."""
+  found = {
+    **os.environ,
+    'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'xla'),
+  }
+  found.pop('JAX_NUM_CPU_DEVICES', None)
+  return found
+
+
+@pytest.mark.slow
+def test_a_process_that_is_asked_to_stop_says_so_and_goes_on(tmp_path):
+  changes = {'seed': 5, 'rl.num_iterations': 2000, 'checkpoint.every': 500}
+  (planned,) = sweeps.plan(base(), [changes], str(tmp_path))
+  directory = pathlib.Path(planned.directory)
+  program = [sys.executable, '-m', 'postrain.sweeps.worker', str(directory)]
+  with sweeps.claim([planned], str(tmp_path)):
+    first = subprocess.Popen(program, env=started(tmp_path))
+    while not list(directory.glob('checkpoints/*')):
+      assert first.poll() is None
+      time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == worker.PREEMPTED
+    assert not planned.finished
+    subprocess.run(program, env=started(tmp_path), check=True)
+    assert planned.finished
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path):
   path, out = tmp_path / 'sweep.py', tmp_path / 'out'
   path.write_text(SWEEP)
-  environment = {
-    **os.environ,
-    'PYTHONPATH': str(ROOT / 'tests'),
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'xla'),
-  }
-  environment.pop('JAX_NUM_CPU_DEVICES', None)
+  environment = started(tmp_path)
   program = [
     sys.executable, ROOT / 'experiments' / 'sweep.py', path,
     f'--workdir={out}',

@@ -43,8 +43,9 @@ def run_row(directory: str) -> None:
 
   path = os.path.join(directory, ROW)
   if not os.path.exists(path):
-    raise ValueError(f'{path}: there is no such file; experiments/sweep.py'
-                     ' writes it')  # fmt: skip
+    raise ValueError(
+      f'{path}: there is no such file; experiments/sweep.py writes it'
+    )
   with open(path) as f:
     record = json.load(f)
   first = jax.process_index() == 0  # of several hosts it does this for all
