@@ -47,6 +47,7 @@ setup(
     'math': ['math-verify>=0.8'],
     'plots': PLOTS,
     'quantization': QUANTIZATION,
+    'search': ['optuna>=4,<5'],
     'tensorboard': TENSORBOARD,
     'test': [
       *PLOTS,

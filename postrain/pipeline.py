@@ -64,7 +64,7 @@ def plan(stages: Sequence[Stage], root: str) -> list[Planned]:
     config = plain(config)
     _check_references(name, config, found)
     identities = {k: f'stage:{v.identity}' for k, v in found.items()}
-    identity = _identity(_replaced(config, identities))
+    identity = config_identity(_replaced(config, identities))
     directories = {k: v.directory for k, v in found.items()}
     directory = os.path.join(root, f'{number:02}-{name}-{identity[:12]}')
     config = _replaced(config, directories)
@@ -188,8 +188,8 @@ def _mapped(tree: Any, fn: Callable[[str], str]) -> Any:
   return tree
 
 
-def _identity(config: dict[str, Any]) -> str:
-  """Of what a config says, and of what is in the files that it names."""
+def config_identity(config: dict[str, Any]) -> str:
+  """SHA-256 of what a config says, and of what is in the files it names."""
 
   def content(text: str) -> str:
     if os.path.isfile(text):

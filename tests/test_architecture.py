@@ -41,7 +41,7 @@ LAYERS = (
     *('packing', 'pairing', 'pipeline', 'preference_checks', 'preferring'),
     *('preparation', 'recipe'),
     *('rehearsal', 'schema', 'shapes', 'states'),
-    *('streaming', 'traffic', 'trainer'),
+    *('streaming', 'sweeps', 'traffic', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}
