@@ -9,6 +9,7 @@ from typing import Any
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
 import jax
+from jax.experimental.multihost_utils import process_allgather
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
@@ -51,6 +52,12 @@ def make_mesh(
       f' needs {needed} devices, there are {len(devices)}: change config.mesh'
       f' (on CPU, JAX_NUM_CPU_DEVICES={needed} makes virtual ones)'
     )
+  if needed < len(devices) and jax.process_count() > 1:
+    raise ValueError(
+      f'mesh data={data} x fsdp={fsdp} x expert={expert} x tensor={tensor} has'
+      f' {needed} of the {len(devices)} devices of {jax.process_count()}'
+      ' processes: change config.mesh so that it has all, or start fewer'
+    )
   return jax.make_mesh(
     sizes,
     AXES,
@@ -89,7 +96,46 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
         f'{leaf.shape[0]} rows do not divide over {parts} devices'
         ' (mesh.data x mesh.fsdp x mesh.expert): change the mesh or the batch'
       )
-  return jax.device_put(tree, rows(mesh))
+  place = rows(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, place)
+  # Each process its own rows, of arrays that are the same on all.
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, place, x.__getitem__),
+    on_host(tree),
+  )
+
+
+def on_host(tree: Any) -> Any:
+  """Bring arrays to the host of every process, whole."""
+  return jax.device_get(
+    jax.tree.map(
+      lambda x: process_allgather(x, tiled=True) if _scattered(x) else x, tree
+    )
+  )
+
+
+def on_one_host(tree: Any) -> Any:
+  """Arrays that the first process can write; every process must call this.
+
+  Shards stay where they are if it has all of them; what is the same on several
+  devices or of other processes is brought to the host, a leaf at a time. On
+  other processes None stands for each.
+  """
+
+  def brought(leaf: Any) -> Any:
+    if leaf.is_fully_replicated or not leaf.is_fully_addressable:
+      leaf = on_host(leaf)
+    return leaf if jax.process_index() == 0 else None
+
+  return jax.tree.map(brought, tree)
+
+
+def _scattered(array: Any) -> bool:
+  """Whether other processes hold parts that this one lacks."""
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return False
+  return not array.is_fully_replicated
 
 
 def param_shardings(mesh: Mesh, model: Model) -> Params:
