@@ -12,6 +12,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from postrain import hosts
 from postrain.compilation import use_cache
 from postrain.trainer import Trainer
 
@@ -24,6 +25,17 @@ WORKDIR = flags.DEFINE_string(
 )
 CACHE = flags.DEFINE_bool(
   'compilation_cache', True, 'Keep what is compiled for the next start.'
+)
+DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'One of several processes; the environment says which.'
+)
+COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'HOST:PORT of the first of several processes.'
+)
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many.')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one, from 0.')
+HEARTBEAT = flags.DEFINE_integer(
+  'heartbeat_seconds', 100, 'Silence after which a process is taken for dead.'
 )
 TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where errors rise.')
 flags.mark_flags_as_required(['config', 'workdir'])
@@ -48,7 +60,14 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
   overrides = config_flags.get_override_values(FLAGS['config'])
   try:
-    Trainer(CONFIG.value, WORKDIR.value, overrides).run()
+    with hosts.joined(
+      environment=DISTRIBUTED.value,
+      coordinator=COORDINATOR.value,
+      num_processes=NUM_PROCESSES.value,
+      process_id=PROCESS_ID.value,
+      heartbeat_seconds=HEARTBEAT.value,
+    ):
+      Trainer(CONFIG.value, WORKDIR.value, overrides).run()
   except ValueError as error:
     if TRACEBACK.value:
       raise

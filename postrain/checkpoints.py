@@ -7,8 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from postrain import sharding
 from postrain.adapted import bases, rejoined, trainable
+from postrain.digests import digest
 from postrain.workdir import die_at
+
+# A leaf at a time: moments are of the shapes of parameters, and share programs.
+_digest = jax.jit(lambda leaf: digest(sharding.fetched(leaf)))
 
 
 class Checkpoints:
@@ -16,7 +21,8 @@ class Checkpoints:
 
   A step is committed by a rename; what a kill leaves half-written is never
   listed and is replaced when the step is saved again. A frozen base (see
-  `postrain.adapted`) is saved once, beside the steps.
+  `postrain.adapted`) is saved once, beside the steps. A step has the digest of
+  every leaf, by which a restore onto any devices knows its bits.
   """
 
   def __init__(
@@ -63,7 +69,9 @@ class Checkpoints:
       with ocp.StandardCheckpointer() as once:
         once.save(self._base, jax.tree.map(_wide, frozen))
     saved = self._manager.save(
-      step, args=ocp.args.StandardSave(trainable(state))
+      step,
+      args=ocp.args.StandardSave(trainable(state)),
+      custom_metadata={'digests': _digests(state)},
     )
     die_at('in_checkpoint', step)
     if wait:
@@ -79,7 +87,7 @@ class Checkpoints:
 
     Raises:
       ValueError: the checkpoint holds other leaves, shapes or dtypes (Orbax
-        would cast in silence); names them.
+        would cast in silence), or other bits than were saved; names them.
     """
     import orbax.checkpoint as ocp
 
@@ -88,14 +96,39 @@ class Checkpoints:
     _check(where, self._manager.item_metadata(step).tree, trained)
     state = self._manager.restore(step, args=ocp.args.StandardRestore(trained))
     if not frozen:
-      return state
+      return self._verified(step, state)
     wide = jax.tree.map(_wide, frozen)
     with ocp.StandardCheckpointer() as once:
       stored: Any = once.metadata(self._base).item_metadata
       _check(f'the base of {where}', stored.tree, wide)
       base = once.restore(self._base, wide)
     base = jax.tree.map(lambda x, like: x.astype(like.dtype), base, frozen)
-    return rejoined(state, base)
+    return self._verified(step, rejoined(state, base))
+
+  def digests(self, step: int) -> dict[str, str]:
+    """Path of each leaf -> the digest it was saved with; {} of old steps."""
+    told: Any = self._manager.metadata(step)
+    return (told.custom_metadata or {}).get('digests', {})
+
+  def _verified(self, step: int, state: Any) -> Any:
+    """The state, if it has the digests that it was saved with."""
+    saved, found = self.digests(step), _digests(state)
+    if saved and found != saved:
+      wrong = [path for path in found if found[path] != saved.get(path)]
+      named = ', '.join(wrong[:4]) + (', ...' if wrong[4:] else '')
+      raise ValueError(
+        f'checkpoint {step} in {self._manager.directory} has other bits than'
+        f' were saved: {named}. The storage has changed them: take a copy, or'
+        f' remove its folder {step} to go on from the step before'
+      )
+    return state
+
+  def compile(self, shapes: Any) -> None:
+    """Compile what saving leaves of these shapes, with shardings, will call."""
+    for leaf in {
+      (x.shape, x.dtype, x.sharding): x for x in jax.tree.leaves(shapes)
+    }.values():
+      _digest.lower(leaf).compile()
 
   def wait(self) -> None:
     """Wait until what was saved is committed."""
@@ -115,6 +148,20 @@ def _wide(leaf: Any) -> Any:
   return leaf.astype(jnp.uint8)
 
 
+def _digests(state: Any) -> dict[str, str]:
+  """Path of each leaf -> its digest."""
+  named = jax.tree_util.tree_leaves_with_path(state)
+  found = sharding.on_host([_digest(leaf) for _, leaf in named])
+  return {
+    _name(path): ''.join(f'{word:08x}' for word in words.tolist())
+    for (path, _), words in zip(named, found, strict=True)
+  }
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
 def _check(where: str, stored_tree: Any, like: Any) -> None:
   """Refuse to restore what was saved as something else."""
   stored, wanted = _signature(stored_tree), _signature(like)
@@ -129,9 +176,7 @@ def _check(where: str, stored_tree: Any, like: Any) -> None:
 def _signature(tree: Any) -> dict[str, str]:
   """Path of each leaf -> its dtype and shape."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): (
-      f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
-    )
+    _name(path): (f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]')
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 

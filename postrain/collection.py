@@ -61,7 +61,7 @@ class Collector:
       if not recipe.filter.informative_only:
         return parts[0], flags
       # The one thing beside tokens that the host waits for.
-      informative = np.concatenate(jax.device_get(flags))
+      informative = np.concatenate(sharding.on_host(flags))
       if informative.sum() >= num_prompts:
         break
     pad_id = self.environment.pad_id
@@ -81,7 +81,7 @@ class Collector:
     parts = []
     for part, samples in under_way:
       with report.timer.span('sample'):
-        part, samples = fetched(part), jax.device_get(samples)
+        part, samples = fetched(part), sharding.on_host(samples)
       with report.timer.span('reward'):
         rewards = self.environment.rewards(part, samples)
       check_rewards(rewards, len(samples.tokens))
@@ -128,10 +128,10 @@ class Collector:
       carried = self._extended(params, prompts, carried, iteration)
       report.flush()
     with timer.span('sample'):
-      carried = jax.device_get(carried)
+      carried = sharding.on_host(carried)
       while not (done := self._ended(carried.samples)).any():
         carried = self._extended(params, prompts, carried, iteration)
-        carried = jax.device_get(carried)
+        carried = sharding.on_host(carried)
     train, rest = parted(carried.samples, done, self.environment.pad_id)
     with timer.span('reward'):
       rewards = self._rewards(prompts, train, done)
@@ -217,7 +217,7 @@ class Collector:
           run_key(self.recipe.seed, 'sample'),  # unused: nothing is drawn
           np.arange(len(prompts.tokens), dtype=np.int32),
         )
-        samples = jax.device_get(samples)
+        samples = sharding.on_host(samples)
       graded = self.environment.rewards(prompts, samples)
       check_rewards(graded, len(prompts.tokens))
       signals['baselines'] = weighted_sum(graded, self.environment.weights)

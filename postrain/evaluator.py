@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from postrain import sharding
 from postrain.environments import Environment
 from postrain.evaluation import pass_at_k
 from postrain.keys import run_key
@@ -86,7 +87,7 @@ class Evaluator:
   def _rewards(self, sampler: Any, params: Params) -> dict[str, np.ndarray]:
     key, parts = run_key(self.recipe.seed, 'evaluation'), []
     for part, ids in self._parts():
-      samples: Samples = jax.device_get(
+      samples: Samples = sharding.on_host(
         sampler(params, part.tokens, part.mask, key, prompt_ids=ids)
       )
       graded = self.environment.rewards(part, samples)

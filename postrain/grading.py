@@ -242,7 +242,8 @@ def serve(descriptor: int) -> None:
   Args:
     descriptor: of the socket. First come the blocks of the rewards.
   """
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end will close
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)  # the other end will close
   with Connection(descriptor) as connection, contextlib.suppress(*GONE):
     try:
       functions = _bound(connection.recv())

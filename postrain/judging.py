@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from postrain import sharding
 from postrain.environments import Units, rows_of
 from postrain.evaluation import calibration_error
 from postrain.preferring import Preferring
@@ -30,12 +31,12 @@ class Judging:
     self._judge = jax.jit(preferring.judge)
 
   def __call__(self, state: TrainState) -> dict[str, float]:
-    margins = np.concatenate(
-      [
-        self._judge(state.params, state.ref_params, *part)
-        for part in self._parts()
-      ]
-    )[: self._choices.num_prompts]
+    judged = [
+      self._judge(state.params, state.ref_params, *part)
+      for part in self._parts()
+    ]
+    margins = np.concatenate(sharding.on_host(judged))
+    margins = margins[: self._choices.num_prompts]
     right = (1 + np.sign(margins)) / 2
     chances = 1 / (1 + np.exp(-np.abs(margins)))
     return {

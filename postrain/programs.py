@@ -151,8 +151,8 @@ class Programs:
     """That of `Algorithm`, the update of this number; donates the state."""
     packing, shown = None, self._put(self._demonstrations(number))
     if layout := self.layouts.get('update'):  # waits for the scores
-      valid = np.asarray(batch.valid)[np.asarray(rows)]
-      packing = self._put(layout.pack(valid))
+      valid, chosen = sharding.on_host((batch.valid, rows))
+      packing = self._put(layout.pack(valid[chosen]))
     state, reference = apart(state)
     leaves = jax.tree.leaves(batch)
     state, figures = self.jit_update(state, leaves, rows, key, shown, packing)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from postrain import metrics
+from postrain import hosts, metrics
 from postrain.types import Prompts, Samples
 from postrain.workdir import FILES, die_at
 
@@ -38,6 +38,8 @@ CURVES = (
 class Report(contextlib.ExitStack):
   """The files and the screen of a run, cut back to ``first_step`` and open.
 
+  The first process alone has them; the others only keep time.
+
   Args:
     directory: the workdir.
     first_step: of this process; rows of later steps belong to a process that
@@ -57,6 +59,11 @@ class Report(contextlib.ExitStack):
     config: Mapping[str, Any],
   ):
     super().__init__()
+    self.timer = metrics.StepTimer()
+    self._deferred: tuple[int, Callable[[], tuple]] | None = None
+    self._writes = hosts.first()
+    if not self._writes:
+      return
     for name in FILES:
       metrics.truncate(os.path.join(directory, name), first_step)
     self._metrics, self._timings, self._samples = (
@@ -69,8 +76,6 @@ class Report(contextlib.ExitStack):
     self._trackers = _trackers(directory, first_step, logging, config)
     for tracker in self._trackers:
       self.callback(tracker.close)
-    self.timer = metrics.StepTimer()
-    self._deferred: tuple[int, Callable[[], tuple]] | None = None
 
   def defer(self, step: int, tell: Callable[[], tuple]) -> None:
     """Write a step later: what it says is still being worked out.
@@ -101,6 +106,8 @@ class Report(contextlib.ExitStack):
   ) -> None:
     """Write all that a step has to say."""
     timings = self.timer.finish(num_tokens)
+    if not self._writes:
+      return
     if samples:
       self._samples.append(*({'step': step, **row} for row in samples))
     die_at('between_files', step)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from postrain import sharding
 from postrain.types import Prompts, Samples
 
 Part = tuple[Prompts, Samples, dict[str, np.ndarray]]
@@ -85,7 +86,7 @@ def parted(
 
 def fetched(prompts: Prompts) -> Prompts:
   """Prompts on the host, their examples as they are."""
-  tokens, mask = jax.device_get((prompts.tokens, prompts.mask))
+  tokens, mask = sharding.on_host((prompts.tokens, prompts.mask))
   return Prompts(tokens, mask, prompts.examples)
 
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental.multihost_utils import process_allgather
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
@@ -73,6 +74,7 @@ def make_mesh(
   devices = jax.devices() if devices is None else devices
   sizes = _filled(sizes, len(devices))
   shape = tuple(sizes[name] for name in AXES)
+  _check_all_take_part(shape, devices)
   if slices > 1:
     grid = _over_slices(shape, slices, devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -113,6 +115,16 @@ def _filled(sizes: Mapping[str, int], available: int) -> dict[str, int]:
       f' config.mesh (on CPU, JAX_NUM_CPU_DEVICES={known} makes virtual ones)'
     )
   return sizes
+
+
+def _check_all_take_part(shape: tuple[int, ...], devices: Any) -> None:
+  """Each of several processes must have devices of the mesh."""
+  needed, processes = math.prod(shape), len({d.process_index for d in devices})
+  if needed < len(devices) and processes > 1:
+    raise ValueError(
+      f'mesh of {needed} of the {len(devices)} devices of {processes}'
+      ' processes: change config.mesh so that it has all, or start fewer'
+    )
 
 
 def _over_slices(
@@ -266,7 +278,46 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
         f'{leaf.shape[0]} rows do not divide over {parts} devices'
         ' (mesh.data x mesh.fsdp x mesh.expert): change the mesh or the batch'
       )
-  return jax.device_put(tree, rows(mesh))
+  place = rows(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, place)
+  # Each process its own rows, of arrays that are the same on all.
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, place, x.__getitem__),
+    on_host(tree),
+  )
+
+
+def on_host(tree: Any) -> Any:
+  """Bring arrays to the host of every process, whole."""
+  return jax.device_get(
+    jax.tree.map(
+      lambda x: process_allgather(x, tiled=True) if _scattered(x) else x, tree
+    )
+  )
+
+
+def on_one_host(tree: Any) -> Any:
+  """Arrays that the first process can write; every process must call this.
+
+  Shards stay where they are if it has all of them; what is the same on several
+  devices or of other processes is brought to the host, a leaf at a time. On
+  other processes None stands for each.
+  """
+
+  def brought(leaf: Any) -> Any:
+    if leaf.is_fully_replicated or not leaf.is_fully_addressable:
+      leaf = on_host(leaf)
+    return leaf if jax.process_index() == 0 else None
+
+  return jax.tree.map(brought, tree)
+
+
+def _scattered(array: Any) -> bool:
+  """Whether other processes hold parts that this one lacks."""
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return False
+  return not array.is_fully_replicated
 
 
 def param_shardings(mesh: Mesh, model: Model) -> Params:

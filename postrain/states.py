@@ -177,6 +177,17 @@ class States:
     carried = self.carried if begun else None
     return dataclasses.replace(self.abstract(step), carried=carried)
 
+  def all_stored(self, start: int) -> list[Any]:
+    """Shapes of all that checkpoints after step ``start`` will hold."""
+    recipe = self.recipe
+    ends = {recipe.sft.num_steps, recipe.num_offline_steps, recipe.num_steps}
+    stages = [self.stored(step) for step in sorted(ends) if step > start]
+    # What is under way lies on the host.
+    carried = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.carried
+    )
+    return [*stages, carried]
+
   @functools.cached_property
   def carried(self) -> Carried | None:
     """Shapes of what is under way between iterations, if anything is."""

@@ -6,10 +6,9 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
 import numpy as np
 
-from postrain import critics, metrics, sharding, workdir
+from postrain import critics, hosts, metrics, sharding, workdir
 from postrain.adapted import trainable
 from postrain.assembly import assemble
 from postrain.checkpoints import Checkpoints
@@ -26,7 +25,7 @@ from postrain.reporting import (
 )
 from postrain.rollouts import weighted_sum
 from postrain.train_step import finish
-from postrain.types import Metrics, TrainState
+from postrain.types import Metrics, Params, TrainState
 
 Tell = Callable[[], tuple]  # what `Report.write` takes beside the step
 
@@ -48,6 +47,7 @@ class Trainer:
     ValueError: anything that can be known to be wrong before compilation.
   """
 
+  @hosts.agreed()
   def __init__(
     self,
     config: Any,
@@ -64,7 +64,8 @@ class Trainer:
     self._programs = programs = parts.programs
     self._pairing = Pairing(self.recipe, self.environment, self.mesh, programs)
     self._prepare, self._update = programs.prepare, programs.update
-    workdir.claim(directory, self.config, overrides)
+    if hosts.first():
+      workdir.claim(directory, self.config, overrides)
 
   def path(self, *names: str) -> str:
     """A path in the workdir."""
@@ -76,6 +77,7 @@ class Trainer:
     Raises:
       ValueError: what only a first step can tell (a reward that fails, a limit
         that truncates every completion); it leaves no directory behind.
+      hosts.Stopped: it was asked to stop (SIGTERM), and is to be continued.
     """
     checkpoints = Checkpoints(
       self.path('checkpoints'), keep=self.recipe.checkpoint.keep
@@ -84,7 +86,8 @@ class Trainer:
       with contextlib.closing(checkpoints), sharding.on(self.mesh):
         return self._continue(checkpoints)
     except ValueError:
-      workdir.release(self.directory)
+      if hosts.first():
+        workdir.release(self.directory)
       raise
 
   def _continue(self, checkpoints: Checkpoints) -> TrainState:
@@ -101,17 +104,28 @@ class Trainer:
     programs = self._rehearsal.needed(start)
     with compiling(programs, limit=recipe.machine.memory_limit):
       state = self._restore(checkpoints, start)
-    with self.environment.grading(), self._report(start) as report:
+      checkpoints.compile(self._states.all_stored(start))
+    with (
+      self.environment.grading(),
+      self._report(start) as report,
+      hosts.stopping() as stops,
+    ):
       for step in range(start, recipe.num_steps):
         state = self._step(state, step, report)
         done = step + 1
-        if done % recipe.checkpoint.every == 0 or done == recipe.num_steps:
+        stop = stops(done) and done < recipe.num_steps
+        due = done % recipe.checkpoint.every == 0 or done == recipe.num_steps
+        if due or stop:
           report.flush()
           workdir.die_at('before_checkpoint', done)
           carried = self._collector.carried
           stored = dataclasses.replace(state, carried=carried)
           checkpoints.save(done, stored, wait=False)
           workdir.die_at('after_checkpoint', done)
+        if stop:
+          checkpoints.wait()
+          print(f'{self.directory}: stopped at step {done}; start it again')
+          raise hosts.Stopped()
       checkpoints.wait()
       self._finish(state, report)
     return state
@@ -130,7 +144,7 @@ class Trainer:
     if not step:
       return self._states.fresh()
     state = checkpoints.restore(step, self._states.stored(step))
-    self._collector.carried = jax.device_get(state.carried)
+    self._collector.carried = sharding.on_host(state.carried)
     return dataclasses.replace(state, carried=None)
 
   # Steps. What one says is fetched and written when the next one is under way.
@@ -221,13 +235,15 @@ class Trainer:
     send((informative, figures, columns, updates))
 
     def tell() -> tuple[dict[str, float], int, list[dict[str, Any]]]:
-      scored = jax.device_get((informative, figures, columns))
+      scored = sharding.on_host((informative, figures, columns))
       updated = timer.add('score', started)
-      merged = jax.device_get(updates)
+      merged = sharding.on_host(updates)
       timer.add('update', updated)
-      rows = sample_rows(
-        prompts, samples, rewards, total, scored[2], self.environment.text
-      )
+      rows = []
+      if hosts.first():
+        rows = sample_rows(
+          prompts, samples, rewards, total, scored[2], self.environment.text
+        )
       told = {
         **group_figures(
           samples, np.concatenate(scored[0]), len(prompts.tokens), iteration
@@ -282,17 +298,21 @@ class Trainer:
     if self.recipe.evaluation.every:
       report.write(step, self._evaluate(state, step, report))
     workdir.die_at('before_export', step)
-    if self.recipe.checkpoint.export and self.actor.export is not None:
-      self.actor.export(self.path('export'), state.params['actor'])
-    critic = self.algorithm.critic
-    if self.recipe.checkpoint.export and critic is not None:
-      critics.export(
-        critic,
-        self.actor,
-        self.environment,
-        self.path('export_critic'),
-        state.params,
-      )
+    if self.recipe.checkpoint.export:
+      self._export(state.params)
     workdir.die_at('after_export', step)
-    metrics.curves(self.path(workdir.FILES[0]), self.path('curves.png'), CURVES)
-    workdir.write_json(self.path('finished.json'), {'steps': step})
+    if hosts.first():
+      rows = self.path(workdir.FILES[0])
+      metrics.curves(rows, self.path('curves.png'), CURVES)
+      workdir.write_json(self.path('finished.json'), {'steps': step})
+
+  def _export(self, params: dict[str, Params]) -> None:
+    """Write what trained, by the first host."""
+    params, critic = sharding.on_one_host(params), self.algorithm.critic
+    if not hosts.first():
+      return
+    if self.actor.export is not None:
+      self.actor.export(self.path('export'), params['actor'])
+    if critic is not None:
+      directory = self.path('export_critic')
+      critics.export(critic, self.actor, self.environment, directory, params)

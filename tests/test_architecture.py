@@ -23,11 +23,10 @@ LAYERS = (
   {
     *('adapted', 'batches', 'couplings', 'internals', 'models', 'objectives'),
     *('optimizers', 'reward_models', 'sampling', 'scoring', 'sharding'),
-    'step_labels',
-    *('tasks', 'train_step', 'types', 'values'),
+    *('digests', 'step_labels', 'tasks', 'train_step', 'types', 'values'),
   },
   {
-    *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hub'),
+    *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hosts', 'hub'),
     *('metrics', 'peft', 'quantization', 'reporting', 'rewards', 'rollouts'),
     *('sandbox', 'thinking', 'tokenizers', 'workdir'),
   },

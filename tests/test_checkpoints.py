@@ -116,6 +116,26 @@ def test_saving_a_step_twice_is_an_error(checkpoints: Checkpoints) -> None:
     checkpoints.save(4, state())
 
 
+def test_a_flipped_bit_is_refused(
+  checkpoints: Checkpoints, tmp_path: pathlib.Path
+) -> None:
+  # At random, for then they are not compressed.
+  bits = np.random.default_rng(0).integers(2**32, size=5000, dtype=np.uint32)
+  saved = {'odd': jnp.array(bits), 'even': jnp.zeros(3)}
+  checkpoints.save(1, saved)
+  checkpoints.save(2, saved)
+  assert checkpoints.digests(1) == checkpoints.digests(2)
+  for path in (tmp_path / '2').rglob('*'):
+    content = path.read_bytes() if path.is_file() else b''
+    if (start := content.find(bits.tobytes()[4000:4100])) >= 0:
+      flipped = bytearray(content)
+      flipped[start] ^= 1
+      path.write_bytes(flipped)
+  with pytest.raises(ValueError, match='other bits than were saved: odd'):
+    checkpoints.restore(2, abstract(saved))
+  checkpoints.restore(1, abstract(saved))
+
+
 def test_only_arrays_are_saved(checkpoints: Checkpoints) -> None:
   with pytest.raises(ValueError, match=r"leaf \['name'\] is <class 'str'>"):
     checkpoints.save(1, {'name': 'actor', 'x': jnp.zeros(2)})

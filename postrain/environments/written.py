@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from postrain import data, tokenizers
+from postrain import data, hosts, tokenizers
 from postrain.binding import bind
 from postrain.environments.compared import comparisons
 from postrain.environments.record import Environment, reward_weights
@@ -248,8 +248,10 @@ def _rewards(
   judge = Judge(blocks, prompt=prompt, num_workers=num_workers, timeout=timeout)
   return dict(
     weights=weights,
-    rewards=lambda drawn, samples: judge(
-      _completions(samples, stops, tokenizer), drawn.examples
+    rewards=hosts.shared(
+      lambda drawn, samples: judge(
+        _completions(samples, stops, tokenizer), drawn.examples
+      )
     ),
     grading=judge.working,
   )

@@ -1,0 +1,243 @@
+"""Several processes as one run: who they are, what they tell each other.
+
+All run the same program on the same config, so whatever is decided is decided
+of the same values by all. On one process all of it is what it would be without.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+import jax
+import numpy as np
+
+from postrain.rollouts import fetched, picked, taken
+from postrain.types import Prompts, Samples
+
+Rewards = Callable[[Prompts, Samples], dict[str, np.ndarray]]
+
+
+def first() -> bool:
+  """Whether this is the process that writes and prints."""
+  return jax.process_index() == 0
+
+
+def exchanged(value: Any) -> list[Any]:
+  """What all processes gave, in their order; all wait for all."""
+  if jax.process_count() == 1:
+    return [value]
+  from jax.experimental.multihost_utils import process_allgather
+
+  sent = np.frombuffer(pickle.dumps(value), np.uint8)
+  sizes = process_allgather(np.int32(len(sent)))
+  width = 1 << int(sizes.max() - 1).bit_length()  # few lengths, few programs
+  rows = process_allgather(np.pad(sent, (0, width - len(sent))))
+  return [
+    pickle.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+  """Raise on every process the ValueError of one, or else none would know.
+
+  Raises:
+    ValueError: of the body here, or of the first process that raised.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  own = None
+  try:
+    yield
+  except ValueError as error:
+    own = error
+  told = exchanged(own and str(own))
+  if own is not None:
+    raise own
+  for process, message in enumerate(told):
+    if message is not None:
+      raise ValueError(f'process {process}: {message}')
+
+
+def shared(rewards: Rewards) -> Rewards:
+  """Make rewards that each process works out for its own prompts, for all.
+
+  Args:
+    rewards: of prompts and their samples on the host, as environments have
+      them.
+  """
+
+  def rewarded(prompts: Prompts, samples: Samples) -> dict[str, np.ndarray]:
+    count, index = jax.process_count(), jax.process_index()
+    if count == 1:
+      return rewards(prompts, samples)
+    size = len(samples.tokens) // len(prompts.tokens)
+    own = np.array_split(np.arange(len(prompts.tokens)), count)[index]
+    rows = (own[:, None] * size + np.arange(size)).reshape(-1)
+    found = {}
+    with agreed():
+      if len(own):
+        found = rewards(picked(fetched(prompts), own), taken(samples, rows))
+    parts = [part for part in exchanged(found) if part]
+    return {
+      label: np.concatenate([part[label] for part in parts])
+      for label in parts[0]
+    }
+
+  return rewarded
+
+
+class Stopped(SystemExit):
+  """The run was asked to stop, and has saved what it had done."""
+
+  def __init__(self):
+    super().__init__(75)  # EX_TEMPFAIL: start it again
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[int], bool]]:
+  """Heed SIGTERM: gives (step) -> whether all processes stop after this step.
+
+  To be asked after every step, by all. One process stops after the step that it
+  is at; several after one that they agree on.
+  """
+  if jax.process_count() > 1:
+    from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+    yield reached_preemption_sync_point
+    return
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda step: False  # signals are not for other threads
+    return
+  noticed = threading.Event()
+  before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+  try:
+    yield lambda step: noticed.is_set()
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def joined(
+  *,
+  environment: bool = False,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  heartbeat_seconds: int = 100,
+) -> Iterator[None]:
+  """Join the other processes of a run; before anything touches a device.
+
+  The first of them speaks: on the others standard output goes nowhere. What
+  goes wrong on one ends all: it leaves without waiting, and the others are told
+  so by the coordinator, a service in the first process, which also ends them
+  when one is silent for too long.
+
+  Args:
+    environment: find the other arguments in the environment, as JAX does under
+      Slurm, on GKE, on Cloud TPU and under Open MPI.
+    coordinator: HOST:PORT at which the first process listens.
+    num_processes: of the run; None for this process alone.
+    process_id: number of this process, from 0.
+    heartbeat_seconds: of silence after which a process is taken for dead.
+
+  Raises:
+    ValueError: an argument is missing or out of its range, or the processes did
+      not find each other.
+  """
+  given = dict(
+    coordinator=coordinator, num_processes=num_processes, process_id=process_id
+  )
+  if not environment and not any(v is not None for v in given.values()):
+    yield
+    return
+  if not environment:
+    _check(coordinator, num_processes, process_id)
+  if heartbeat_seconds < 1:
+    raise ValueError(
+      f'heartbeat_seconds={heartbeat_seconds}: it must be at least 1'
+    )
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(
+      f'the processes did not find each other ({error}); given were {given}:'
+      ' start all of them with one coordinator and one number, or, under a'
+      ' scheduler that JAX knows, with the flag distributed alone'
+    ) from error
+  with contextlib.ExitStack() as stack:
+    if not first():
+      nowhere = stack.enter_context(open(os.devnull, 'w'))
+      stack.enter_context(contextlib.redirect_stdout(nowhere))
+    try:
+      yield
+    except ValueError:  # of all of them
+      raise
+    except Exception:
+      _leave(heartbeat_seconds)
+      raise
+
+
+def _check(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+  """Refuse what JAX would wait for in vain."""
+  if coordinator is None or num_processes is None or process_id is None:
+    raise ValueError(
+      f'coordinator={coordinator}, num_processes={num_processes},'
+      f' process_id={process_id}: give all three, or none'
+    )
+  if not 0 <= process_id < num_processes:
+    raise ValueError(
+      f'process_id={process_id} of num_processes={num_processes}: number the'
+      f' processes 0 to {num_processes - 1}'
+    )
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    raise ValueError(
+      f'coordinator={coordinator!r}: give HOST:PORT of the first process'
+    )
+  if process_id:
+    return
+  try:
+    with socket.create_server(('', int(port))):
+      pass
+  except OSError as error:
+    raise ValueError(
+      f'coordinator={coordinator!r}: port {port} cannot be listened at'
+      f' ({error.strerror}): take another one'
+    ) from error
+
+
+def _leave(heartbeat_seconds: int) -> None:
+  """End this process, which the others must not wait for.
+
+  Where a collective failed because another process is gone, the coordinator
+  ends this one in that time and names the other.
+  """
+  traceback.print_exc()
+  if isinstance(sys.exception(), jax.errors.JaxRuntimeError):
+    print(
+      f'error: see above. If another process is gone, the coordinator will say'
+      f' which within {heartbeat_seconds} seconds',
+      file=sys.stderr,
+      flush=True,
+    )
+    time.sleep(heartbeat_seconds)
+  sys.stderr.flush()
+  os._exit(1)

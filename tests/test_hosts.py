@@ -1,0 +1,307 @@
+"""Several processes make one run: what they share, how they stop and go on."""
+
+from collections.abc import Callable
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import hosts_config
+import hosts_program
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from postrain import hosts, sharding
+from postrain.checkpoints import Checkpoints
+from postrain.reporting import Report
+from postrain.trainer import Trainer
+
+quick_compiler = tiny.quick_compiler
+
+ROOT = pathlib.Path(__file__).parents[1]
+HEARTBEAT = 10
+
+
+def free_port() -> int:
+  with socket.create_server(('localhost', 0)) as server:
+    return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (dict(num_processes=2), 'coordinator=None, num_processes=2,.* give all'),
+    (dict(process_id=0), 'give all three, or none'),
+    (
+      dict(coordinator='a:1', num_processes=2, process_id=2),
+      'process_id=2 of num_processes=2: number the processes 0 to 1',
+    ),
+    (
+      dict(coordinator='a', num_processes=2, process_id=1),
+      "coordinator='a': give HOST:PORT",
+    ),
+    (
+      dict(coordinator='a:1', num_processes=2, process_id=1,
+           heartbeat_seconds=0),
+      'heartbeat_seconds=0: it must be at least 1',
+    ),
+  ],
+)  # fmt: skip
+def test_wrong_processes_are_refused(arguments: dict, message: str) -> None:
+  with pytest.raises(ValueError, match=message), hosts.joined(**arguments):
+    pass
+
+
+def test_a_taken_port_is_refused() -> None:
+  with socket.create_server(('localhost', 0)) as server:
+    address = f'localhost:{server.getsockname()[1]}'
+    with (
+      pytest.raises(
+        ValueError, match=r'cannot be listened at .*: take another'
+      ),
+      hosts.joined(coordinator=address, num_processes=2, process_id=0),
+    ):
+      pass
+
+
+def test_without_arguments_there_is_one_process() -> None:
+  with hosts.joined():
+    assert jax.process_count() == 1
+  assert hosts.exchanged('a') == ['a']
+
+
+# A launcher of programs that touch no device.
+
+
+def launched(code: str, *, count: int = 2) -> subprocess.Popen:
+  return subprocess.Popen(
+    [
+      *(sys.executable, ROOT / 'experiments' / 'launch.py'),
+      *(f'--num_processes={count}', '--patience=0', '--', '-c', code),
+    ],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+
+
+def test_the_launcher_numbers_processes() -> None:
+  done = launched(
+    "import os, sys; os.write(1, f'{sys.argv[2:]}\\n'.encode())", count=3
+  )
+  out, _ = done.communicate(timeout=60)
+  assert sorted(out.splitlines()) == [
+    str(['--num_processes=3', f'--process_id={number}']) for number in range(3)
+  ]
+  assert done.returncode == 0
+
+
+def test_the_launcher_ends_all_when_one_fails() -> None:
+  code = (
+    "import sys, time; sys.argv[3].endswith('1') and sys.exit(3);"
+    ' time.sleep(600)'
+  )
+  done = launched(code)
+  _, said = done.communicate(timeout=60)
+  assert done.returncode == 3
+  assert 'process 1 ended with 3' in said
+
+
+def test_the_launcher_passes_sigterm_on() -> None:
+  code = (
+    'import os, signal, sys, time; signal.signal(signal.SIGTERM,'
+    " lambda *_: sys.exit(75)); os.write(1, b'ready\\n'); time.sleep(600)"
+  )
+  done = launched(code)
+  assert [done.stdout.readline() for _ in range(2)] == ['ready\n'] * 2
+  done.terminate()
+  done.communicate(timeout=60)
+  assert done.returncode == 75
+
+
+# One process.
+
+
+def contents(directory: pathlib.Path) -> dict[str, str]:
+  """Digests of all that a run must reproduce."""
+  files = ['metrics.jsonl', 'samples.jsonl']
+  if (directory / 'export').exists():
+    files += ['export/model.safetensors']
+  found = {
+    name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
+    for name in files
+  }
+  # The digest of every leaf is in the checkpoint, and held by every restore.
+  folder = directory / 'checkpoints'
+  newest = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  with contextlib.closing(Checkpoints(str(folder), keep=None)) as opened:
+    found |= opened.digests(newest)
+  return {'step': str(newest), **found}
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config = tiny.sort()
+  Trainer(config, str(tmp_path / 'whole')).run()
+  before, defer = signal.getsignal(signal.SIGTERM), Report.defer
+
+  def asked(self: Report, step: int, tell: Callable) -> None:
+    defer(self, step, tell)
+    if step == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Report, 'defer', asked)
+    with pytest.raises(hosts.Stopped) as stopped:
+      Trainer(config, str(tmp_path / 'stopped')).run()
+  assert stopped.value.code == 75
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert (tmp_path / 'stopped' / 'checkpoints' / '2').is_dir()
+  Trainer(config, str(tmp_path / 'stopped')).run()
+  assert contents(tmp_path / 'stopped') == contents(tmp_path / 'whole')
+
+
+# Two processes of four devices.
+
+
+def test_two_processes_share_values_errors_and_checkpoints(
+  tmp_path: pathlib.Path,
+) -> None:
+  port, saved = str(free_port()), str(tmp_path / 'saved')
+  program = [sys.executable, str(ROOT / 'tests' / 'hosts_program.py'), port]
+  both = [
+    subprocess.Popen(
+      [*program, str(index), saved],
+      env={**os.environ, 'JAX_NUM_CPU_DEVICES': '4'},
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    for index in range(2)
+  ]  # fmt: skip
+  said = [process.communicate(timeout=300)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  assert said[0].endswith('done\n')
+  expected = jax.jit(hosts_program.state)()
+  for sizes in ((2, 4), (4, 1), (1, 2), (1, 1)):
+    mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1])
+    like = sharding.abstract(expected, hosts_program.placed(mesh))
+    with contextlib.closing(Checkpoints(saved, keep=1)) as opened:
+      found = opened.restore(hosts_program.STEP, like)
+    assert len(found['cut'].sharding.device_set) == sizes[0] * sizes[1]
+    for name, array in expected.items():
+      assert np.asarray(found[name]).tobytes() == np.asarray(array).tobytes()
+
+
+Outcome = tuple[list[int], list[str]]
+
+
+def run(
+  directory: pathlib.Path, faults: tuple[str | None, ...] = (None, None),
+  term_at: str | None = None,
+) -> Outcome:  # fmt: skip
+  """Both processes until they end: their statuses, and what they said."""
+  port, cache = free_port(), directory.parent / 'cache'
+  both = []
+  logs = [directory.parent / f'{directory.name}-{i}.log' for i in range(2)]
+  for index, fault in enumerate(faults):
+    with logs[index].open('a') as log:
+      both.append(
+        subprocess.Popen(
+          [
+            sys.executable, ROOT / 'experiments' / 'train.py',
+            f'--config={hosts_config.__file__}:{directory.parent}',
+            f'--workdir={directory}', f'--heartbeat_seconds={HEARTBEAT}',
+            f'--coordinator=localhost:{port}', '--num_processes=2',
+            f'--process_id={index}',
+          ],
+          env=environment(cache, 4) | {'POSTRAIN_FAULT': fault or ''},
+          stdout=log, stderr=subprocess.STDOUT,
+        )
+      )  # fmt: skip
+  while term_at and f'\nstep {term_at}/' not in logs[0].read_text():
+    time.sleep(0.02)
+  if term_at:
+    both[1].terminate()
+  statuses = [process.wait(timeout=900) for process in both]
+  return statuses, [log.read_text() for log in logs]
+
+
+def environment(cache: pathlib.Path, devices: int) -> dict[str, str]:
+  return {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': str(devices),
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+  }
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A run of two processes from begin to end."""
+  folder = tmp_path_factory.mktemp('hosts')
+  hosts_config.write(folder)
+  statuses, said = run(folder / 'whole')
+  assert statuses == [0, 0], said
+  return folder / 'whole'
+
+
+def rows(directory: pathlib.Path, name: str) -> list[dict[str, Any]]:
+  lines = (directory / name).read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(whole: pathlib.Path) -> None:
+  alone = whole.parent / 'alone'
+  subprocess.run(
+    [
+      sys.executable, ROOT / 'experiments' / 'train.py',
+      f'--config={hosts_config.__file__}:{whole.parent}',
+      f'--workdir={alone}',
+    ],
+    env=environment(whole.parent / 'cache', 8), check=True,
+  )  # fmt: skip
+  for ours, theirs in zip(
+    rows(whole, 'metrics.jsonl'), rows(alone, 'metrics.jsonl'), strict=True
+  ):
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+  told = [
+    [row['completion'] for row in rows(each, 'samples.jsonl')]
+    for each in (whole, alone)
+  ]
+  assert told[0] == told[1]
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_end_with_the_same_bits(
+  whole: pathlib.Path,
+) -> None:
+  killed = whole.parent / 'killed'
+  statuses, said = run(killed, (None, 'in_rollout:4'))
+  assert statuses[1] == -signal.SIGKILL
+  assert statuses[0] != 0
+  assert 'task:1' in said[0], said[0]
+  statuses, said = run(killed, ('in_checkpoint:6',) * 2)
+  assert statuses == [-signal.SIGKILL] * 2, said
+  statuses, said = run(killed)
+  assert statuses == [0, 0], said
+  assert contents(killed) == contents(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_asked_to_stop(whole: pathlib.Path) -> None:
+  stopped = whole.parent / 'stopped'
+  statuses, said = run(stopped, term_at='1')
+  assert statuses == [75, 75], said
+  assert 'stopped at step' in said[0]
+  statuses, said = run(stopped)
+  assert statuses == [0, 0], said
+  assert contents(stopped) == contents(whole)
