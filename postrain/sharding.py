@@ -187,7 +187,7 @@ def constrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   if not rules or mesh.size == 1:
     return x
   names = {name: _free(mesh, where) for name, where in rules}
-  spec = _fitting(mesh, x.shape, [names.get(axis) for axis in axes])
+  spec = _fitting(mesh, x.shape, [names[a] if a else None for a in axes])
   return jax.lax.with_sharding_constraint(x, spec)
 
 
