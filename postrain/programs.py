@@ -51,10 +51,9 @@ class Programs:
     # for all is compiled before anything exists, and once.
     rows, same = sharding.rows(states.mesh), sharding.replicated(states.mesh)
     online, supervised = map(sharding.of, self.shapes.states)
-    sampling = sharding.for_sampling
-    self.sample = jax.jit(sampling(algorithm.sample))
-    self.extend: Any = algorithm.extend and jax.jit(sampling(algorithm.extend))
-    self.greedy = algorithm.greedy and jax.jit(sampling(algorithm.greedy))
+    self.sample, self.extend, self.greedy = map(
+      _sampler, (algorithm.sample, algorithm.extend, algorithm.greedy)
+    )
 
     def prepare(kl_coef: Any, *rest: Any) -> tuple:
       return algorithm.prepare(*rest, kl_coef=kl_coef)
@@ -100,7 +99,7 @@ class Programs:
       donate_argnums=0,
       out_shardings=(changed, sharding.replicated(mesh)),
     )
-    self.write: Any = write and jax.jit(write)
+    self.write = _sampler(write)
     self.refresh: Any = jax.jit(
       lambda params: jax.tree.map(jnp.copy, params['actor']),
       out_shardings=sharding.of(self.shapes.preferring.ref_params),
@@ -196,6 +195,10 @@ class Programs:
 def apart(state: TrainState) -> tuple[TrainState, Any]:
   """What an update changes, and the reference, which it need not carry."""
   return dataclasses.replace(state, ref_params=None), state.ref_params
+
+
+def _sampler(fn: Callable | None) -> Any:
+  return fn and jax.jit(sharding.for_sampling(fn))
 
 
 def _minibatches(

@@ -82,33 +82,10 @@ class Rehearsal:
     return found
 
   def roles(self) -> dict[str, tuple[int, ...]]:
-    """Bytes on a device: parameters, gradients, the optimiser's state.
-
-    Of the last stage. Gradients are those of a whole update, in at least
-    float32; they live inside of it.
-    """
-    if self.recipe.rl.num_iterations:
-      state = self.shapes.states[0]
-    elif self.recipe.preference.num_steps:
-      state = self.shapes.preferring
-    else:
-      state = self.shapes.states[1]
-    optimizers = {'actor': state.opt_state}
-    if len(state.params) > 1:
-      optimizers = state.opt_state.inner_states
-    gradients = jax.tree.map(_widened, trainable(state.params))
-    found = {
-      role: tuple(
-        map(sharding.device_bytes, (params, gradients[role], optimizers[role]))
-      )
-      for role, params in state.params.items()
-    }
-    frozen = {f'reward model {k}': j.abstract for k, j in self.judges.items()}
-    if state.ref_params is not None:
-      frozen = {'reference': state.ref_params, **frozen}
-    for role, params in frozen.items():
-      found[role] = sharding.device_bytes(params), 0, 0
-    return found
+    """`Shapes.roles`, with the reward models."""
+    return self.shapes.roles(
+      {f'reward model {k}': j.abstract for k, j in self.judges.items()}
+    )
 
   def _learning(self, slots: int) -> list[Program]:
     """Scores and updates of a rollout whose prompts have so many slots."""
@@ -308,11 +285,6 @@ class Rehearsal:
     beside = whole - sharding.device_bytes(held)
     kind = name.partition('[')[0]
     return Program(name, traced, beside, REMEDIES.get(kind, remedies))
-
-
-def _widened(leaf: Any) -> Any:
-  dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-  return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
 
 def _longest_first(

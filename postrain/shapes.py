@@ -1,5 +1,6 @@
 """What the programs of a run will be called with, as shapes with shardings."""
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain import sharding
+from postrain.adapted import trainable
 from postrain.environments import Comparisons
 from postrain.packing import Layout
 from postrain.recipe import Recipe
@@ -95,3 +97,39 @@ class Shapes:
       ),
       shapes,
     )
+
+  def roles(self, frozen: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Bytes on a device: parameters, gradients, the optimiser's state.
+
+    Of the last stage. Gradients are those of a whole update, in at least
+    float32; they live inside of it.
+
+    Args:
+      frozen: parameters of what else stands beside, by name.
+    """
+    if self._recipe.rl.num_iterations:
+      state = self.states[0]
+    elif self._recipe.preference.num_steps:
+      state = self.preferring
+    else:
+      state = self.states[1]
+    optimizers = {'actor': state.opt_state}
+    if len(state.params) > 1:
+      optimizers = state.opt_state.inner_states
+    gradients = jax.tree.map(_widened, trainable(state.params))
+    found = {
+      role: tuple(
+        map(sharding.device_bytes, (params, gradients[role], optimizers[role]))
+      )
+      for role, params in state.params.items()
+    }
+    if state.ref_params is not None:
+      frozen = {'reference': state.ref_params, **frozen}
+    for role, params in frozen.items():
+      found[role] = sharding.device_bytes(params), 0, 0
+    return found
+
+
+def _widened(leaf: Any) -> Any:
+  dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+  return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)

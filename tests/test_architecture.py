@@ -40,13 +40,13 @@ LAYERS = (
     *('packing', 'pairing', 'pipeline', 'preference_checks', 'preferring'),
     *('preparation', 'recipe'),
     *('rehearsal', 'schema', 'shapes', 'states'),
-    *('streaming', 'sweeps', 'traffic', 'trainer'),
+    *('streaming', 'sweeps', 'topologies', 'traffic', 'trainer'),
   },
 )
 MATHEMATICS = {'jax', 'jaxtyping', 'numpy'}
 STRUCTURE = MATHEMATICS | {'flax', 'optax', 'chex'}
 APART = {'rewards', 'models', 'data'}
-COMPILERS = {'checkpoints', 'evaluation', 'sampling.engine', 'sharding'}
+COMPILERS = {'checkpoints', 'evaluation', 'sampling.engine', 'sharding.arrays'}
 SHARDING_NAMES = {'Mesh', 'NamedSharding', 'PartitionSpec'}
 FORBIDDEN_WORDS = ('utils', 'helper', 'manager')
 FORBIDDEN_PREFIXES = ('compute_', 'get_')

@@ -288,5 +288,5 @@ def _in_pieces(
   return np.concatenate(jax.device_get(found))[:number]
 
 
-def _sigmoid(x: Float[np.ndarray, ' N']) -> Float[np.ndarray, ' N']:
+def _sigmoid(x: Any) -> Float[np.ndarray, ' N']:
   return np.asarray(np.exp(-np.logaddexp(0, -x)))

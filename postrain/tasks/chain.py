@@ -234,7 +234,8 @@ def noisy_policy(
 
   def chances(params: dict[str, Array], state: _State, kind: Array) -> Array:
     """Of the next token [B V], whose place in a step is ``kind``."""
-    table, rates = jnp.asarray(eye), params['error_rates']
+    rates = params['error_rates']
+    table: Array = jnp.asarray(eye)
     room = state.repeats < num_repeats
     repeat = jnp.where(room, params['repeat_rate'], 0)[:, None]
     place = jnp.minimum(state.used + 1, num_steps)[:, None]

@@ -12,8 +12,7 @@ import pytest
 import tiny
 
 from configs import scaling
-from experiments import compile_for
-from postrain import sharding
+from postrain import sharding, topologies
 from postrain.traffic import traffic
 
 quick_compiler = tiny.quick_compiler
@@ -98,16 +97,16 @@ def miniature(**mesh):
 def test_a_missing_constraint_is_caught(monkeypatch, capsys):
   """Without those on activations, devices hold what others work on."""
   config = miniature(fsdp=8)
-  found = compile_for.report(config, jax.devices(), ['update'])
+  found = topologies.report(config, jax.devices(), ['update'])
   (held,) = found['programs'].values()
   assert held['fits']
   assert 'all-gather' in held['traffic']
   assert found['mesh']['fsdp'] == 8
   assert re.match(r'update\[256\]: [\d.]+ MB a device', capsys.readouterr().out)
 
-  monkeypatch.setitem(compile_for.MEMORY, 'cpu', 1.2 * held['total'] / 2**30)
+  monkeypatch.setitem(topologies.MEMORY, 'cpu', 1.2 * held['total'] / 2**30)
   monkeypatch.setattr(sharding, 'constrained', lambda x, axes: x)
-  found = compile_for.report(config, jax.devices(), ['update'])
+  found = topologies.report(config, jax.devices(), ['update'])
   (planted,) = found['programs'].values()
   assert not planted['fits']
   assert 'does not fit: try a larger rl.num_micro' in capsys.readouterr().out
@@ -124,12 +123,12 @@ def test_a_missing_constraint_is_caught(monkeypatch, capsys):
 def test_topologies_that_are_none(topology, message, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=message):
-    compile_for.devices_of(topology)
+    topologies.devices_of(topology)
 
 
 def test_programs_that_the_config_has_not():
-  with pytest.raises(ValueError, match='--programs has prefer: this config'):
-    compile_for.report(miniature(), jax.devices(), ['prefer'])
+  with pytest.raises(ValueError, match='programs: prefer; this config'):
+    topologies.report(miniature(), jax.devices(), ['prefer'])
 
 
 @pytest.mark.slow
