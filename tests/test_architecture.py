@@ -37,7 +37,7 @@ LAYERS = (
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
     'judging',
     *('packing', 'pairing', 'pipeline', 'preference_checks', 'preferring'),
-    *('preparation', 'recipe'),
+    *('preparation', 'recipe', 'reference_table'),
     *('rehearsal', 'schema', 'shapes', 'states'),
     *('streaming', 'trainer'),
   },
