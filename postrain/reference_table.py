@@ -50,15 +50,15 @@ class ReferenceTable:
     """
     if self._tables:
       return state
-    data = self._data()
+    given = self._given()
     if begins:
       reference = state.params['actor']
-      self._tables = [self._scored(reference, units) for units in data]
+      self._tables = [self._scored(reference, units) for units in given]
       of_reference = _digest(jax.device_get(reference))
       self._write(of_reference)
     else:
       of_reference = self._read()
-    digest = _digest([of_reference, [x[:3] for x in data], self._tables])
+    digest = _digest([of_reference, [x[:3] for x in given], self._tables])
     if begins:
       placed = jax.device_put(digest, state.ref_digest.sharding)
       state = dataclasses.replace(state, ref_digest=placed)
@@ -81,11 +81,11 @@ class ReferenceTable:
     rows = rows[:, : units.tokens.shape[1]]
     return units._replace(arrays={**units.arrays, 'ref_logprobs': rows})
 
-  def _data(self) -> list[Units]:
+  def _given(self) -> list[Units]:
     """What is learnt from, then what is held out."""
     judging = self._programs.judging
-    data = [self._known.all_units(self._recipe.preference.num_examples)]
-    return data if judging is None else [*data, judging.pairs]
+    learnt = self._known.all_units(self._recipe.preference.num_examples)
+    return [learnt] if judging is None else [learnt, judging.pairs]
 
   def _scored(self, reference: Params, units: Units) -> np.ndarray:
     """Log-probs of all rows, as many at once as a micro-batch has."""
