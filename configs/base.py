@@ -98,6 +98,7 @@ def get_config() -> ConfigDict:
         learns='policy',
         source='dataset',
         reference_every=config_dict.placeholder(int),
+        ref_logprobs='live',
         data='pairs',
         loss=dict(name='dpo', beta=0.1),
         sft_coef=config_dict.placeholder(float),

@@ -32,6 +32,7 @@ REMEDIES = {
   'prefer': ('a larger preference.num_micro_batches', REMAT, 'mesh.fsdp'),
   'begin': WHOLE,
   'refresh': WHOLE,
+  'refer': ('a larger preference.num_micro_batches', *SCORES[1:]),
   'write': ('a smaller preference.batch_size', *PARTS[1:]),
 }
 SMALL = ('a smaller rl.num_prompts',)

@@ -29,6 +29,8 @@ class Judging:
   ):  # fmt: skip
     self._choices, self._held_out = recipe.evaluation, held_out
     self._judge = jax.jit(preferring.judge)
+    self._cached = recipe.preference.ref_logprobs == 'cached'
+    self.ref_logprobs: np.ndarray | None = None
 
   def __call__(self, state: TrainState) -> dict[str, float]:
     judged = [
@@ -51,12 +53,18 @@ class Judging:
     return self._judge.trace(state.params, state.ref_params, *part)
 
   @functools.cached_property
-  def _pairs(self) -> Units:
+  def pairs(self) -> Units:
+    """Those that are judged."""
     return self._held_out(self._choices.num_prompts)
 
   def _parts(self) -> Iterator[Units]:
     """Batches of one shape; the last begins again."""
-    choices = self._choices
+    choices, known = self._choices, self.pairs
+    if self._cached:
+      rows = self.ref_logprobs
+      if rows is None:  # a rehearsal, where shapes count alone
+        rows = np.zeros(known.tokens.shape, np.float32)
+      known = known._replace(arrays={**known.arrays, 'ref_logprobs': rows})
     for start in range(0, choices.num_prompts, choices.batch_size):
       pairs = np.arange(start, start + choices.batch_size) % choices.num_prompts
-      yield rows_of(self._pairs, pairs, 2)
+      yield rows_of(known, pairs, 2)

@@ -40,9 +40,9 @@ class Pairing:
     if known.units is not None:
       return known.units(step, choices.batch_size, choices.num_examples)
     if choices.source == 'self_play':
-      prompts, *better = demonstrations(self._recipe, self._environment, step)
-      worse = self._written(state, prompts, step, report)
-      return beside(prompts, *better, worse)
+      better = demonstrations(self._recipe, self._environment, step)
+      worse = self._written(state, better[0], step, report)
+      return beside(*better, worse)
     prompts = self._prompts(step)
     samples = self._written(state, prompts, step, report)
     with report.timer.span('reward'):

@@ -60,6 +60,7 @@ def _check_source(recipe: Recipe, environment: Environment) -> None:
       f'preference.reference_every={choices.reference_every}, but loss'
       f' {choices.loss["name"]!r} reads no reference: set it to None'
     )
+  _check_cached(recipe)
   if source == 'dataset':
     return
   kind = (choices.learns, choices.data)
@@ -95,6 +96,38 @@ def _check_source(recipe: Recipe, environment: Environment) -> None:
   ):
     if wrong:
       raise ValueError(f'preference.source={source!r} with {why}')
+
+
+def _check_cached(recipe: Recipe) -> None:
+  """A table has a row for each of so many units, and one reference."""
+  choices = recipe.preference
+  if choices.ref_logprobs == 'live':
+    return
+  task = recipe.environment['name'] == 'task'
+  loss, name = bind(losses, choices.loss), choices.loss['name']
+  for wrong, why in (
+    (not uses_reference(loss), f'loss {name!r}, which reads no reference'),
+    (
+      'reference_point' in asked(loss),
+      f'loss {name!r}, whose reference point is of other completions too',
+    ),
+    (
+      choices.source != 'dataset',
+      f'.source={choices.source!r}, whose units are new at each step',
+    ),
+    (
+      choices.reference_every is not None,
+      f'.reference_every={choices.reference_every}: it has one reference',
+    ),
+    (
+      task and choices.num_examples is None,
+      '.num_examples=None, whose units are new at each step: set a number',
+    ),
+  ):
+    if wrong:
+      raise ValueError(
+        f"preference.ref_logprobs='cached' with {why}; or take 'live'"
+      )
 
 
 def _check_loss(recipe: Recipe) -> None:

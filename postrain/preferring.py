@@ -5,6 +5,7 @@ the loss asks for: the log-probs of the reference, the reference point of KTO.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -34,12 +35,14 @@ class Preferring(NamedTuple):
     judge: (params, reference, tokens, valid, mask, arrays) -> [N] by how much
       the model prefers the chosen of pairs: the logit of its chance.
     optimizer: its gradient transformation.
-    uses_reference: whether the loss reads the reference.
+    refer: (reference, tokens, valid, mask) -> [B T], its log-probs.
+    uses_reference: whether its steps read the reference.
   """
 
   prefer: Callable[..., tuple[Any, Metrics]]
   judge: Callable[..., Any]
   optimizer: optax.GradientTransformation
+  refer: Callable[..., Any]
   uses_reference: bool
 
 
@@ -86,8 +89,19 @@ def make_preferring(
     prefer=prefer,
     judge=_make_judge(recipe, model, loss),
     optimizer=optimizer,
-    uses_reference=uses_reference(loss),
+    refer=functools.partial(_scored, recipe, model),
+    uses_reference=uses_reference(loss) and choices.ref_logprobs == 'live',
   )
+
+
+def _scored(
+  recipe: Recipe, model: Model, params: Params, tokens: Any, valid: Any,
+  mask: Any,
+) -> Any:  # fmt: skip
+  """The log-probs of tokens."""
+  return score(
+    model, params, tokens, valid, mask, chunk_size=recipe.chunk_size
+  ).logprobs
 
 
 def _untied(batch: Batch) -> Mean:
@@ -184,10 +198,8 @@ def _make_judge(recipe: Recipe, model: Model, loss: Callable) -> Callable:
   """By how much the chosen of held-out pairs are preferred."""
 
   def scored(params: Params, batch: Batch) -> Any:
-    return score(
-      model, params, batch.tokens, batch.valid, batch.mask,
-      chunk_size=recipe.chunk_size,
-    ).logprobs  # fmt: skip
+    rows = (batch.tokens, batch.valid, batch.mask)
+    return _scored(recipe, model, params, *rows)
 
   def judge(
     params: Params, reference: Params | None, tokens: Any, valid: Any,

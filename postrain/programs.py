@@ -100,6 +100,7 @@ class Programs:
       out_shardings=(changed, sharding.replicated(mesh)),
     )
     self.write = _sampler(write)
+    self.refer = jax.jit(preferring.refer)
     self.refresh: Any = jax.jit(
       lambda params: jax.tree.map(jnp.copy, params['actor']),
       out_shardings=sharding.of(self.shapes.preferring.ref_params),

@@ -196,10 +196,33 @@ class Rehearsal:
       params = (state.params, state.ref_params)
       traced = self.programs.write.trace(*params, *prompts)
       found.append(self._program('write', traced, state, params))
+    if choices.ref_logprobs == 'cached':
+      found += self._referring()
     if choices.reference_every is not None:
       params = trainable(state.params)
       traced = self.programs.refresh.trace(params)
       found.append(self._program('refresh', traced, state, params))
+    return found
+
+  def _referring(self) -> list[Program]:
+    """The reference on a micro-batch of given units, and of held-out ones."""
+    choices, state = self.recipe.preference, self.shapes.preferring
+    known = comparisons(self.recipe, self.environment)
+    rows = choices.batch_size // choices.num_micro_batches * known.unit_size
+    lengths, judging = {known.length}, self.programs.judging
+    if judging is not None:
+      lengths.add(judging.pairs.tokens.shape[1])
+    found = []
+    for length in lengths:
+      arrays = self.shapes.rows(
+        tuple(
+          jax.ShapeDtypeStruct((rows, length), d)
+          for d in (jnp.int32, bool, bool)
+        )
+      )
+      reference = state.params['actor']
+      traced = self.programs.refer.trace(reference, *arrays)
+      found.append(self._program(f'refer[{length}]', traced, state, reference))
     return found
 
   def _preferring(self, length: int) -> list[Program]:

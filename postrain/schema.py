@@ -42,6 +42,8 @@ class Preference:
   # or demonstrations, preferred to completions of the reference.
   source: typing.Literal['dataset', 'raters', 'rewards', 'self_play']
   reference_every: int | None  # steps between its refreshes; None: it stays
+  # Scored at each step, or once for all units: then no reference is kept.
+  ref_logprobs: typing.Literal['live', 'cached']
   data: typing.Literal['pairs', 'rankings', 'unpaired']
   loss: Block
   sft_coef: Scalar | None  # of the likelihood of the chosen, a mean over tokens

@@ -69,6 +69,9 @@ class Shapes:
       name: jax.ShapeDtypeStruct((num_rows,), dtype)
       for name, dtype in comparisons.dtypes.items()
     }
+    if self._recipe.preference.ref_logprobs == 'cached':
+      scored = jax.ShapeDtypeStruct((num_rows, length), jnp.float32)
+      arrays['ref_logprobs'] = scored
     return self.rows((tokens, valid, mask, arrays))
 
   def packings(self, program: str) -> dict[str, Any]:

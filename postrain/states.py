@@ -48,7 +48,13 @@ class States:
     """A new optimiser, and the policy of this moment as the reference."""
     if not self._online(step + 1):
       opt_state, reference = self.begin_preference(trainable(params))
-      return TrainState(self._counter(step), params, opt_state, reference)
+      digest = None
+      if self.recipe.preference.ref_logprobs == 'cached':
+        place = sharding.replicated(self.mesh)
+        digest = jax.device_put(np.zeros(8, np.uint32), place)
+      return TrainState(
+        self._counter(step), params, opt_state, reference, ref_digest=digest
+      )
     critic, given = self.algorithm.critic, None
     if critic is not None and critic.read is not None:
       given = critic.read(self._param_shardings()['critic'])
@@ -158,6 +164,10 @@ class States:
       return jax.ShapeDtypeStruct((), x.dtype, sharding=place)
 
     moving = jax.tree.map(number, self._moving) if online else {}
+    cached = self.recipe.preference.ref_logprobs == 'cached'
+    if cached and not online and not self._supervised(step):
+      digest = jax.ShapeDtypeStruct((8,), np.uint32, sharding=place)
+      moving = {'ref_digest': digest}
     reference = None
     if self._keeps_reference(step):
       reference = trainable(params['actor'])

@@ -16,6 +16,7 @@ from postrain.collection import Collector, send
 from postrain.compilation import by_role, compiling
 from postrain.pairing import Pairing
 from postrain.recipe import plain
+from postrain.reference_table import ReferenceTable
 from postrain.reporting import (
   CURVES,
   Report,
@@ -63,6 +64,13 @@ class Trainer:
     self._evaluator, self._rehearsal = parts.evaluator, parts.rehearsal
     self._programs = programs = parts.programs
     self._pairing = Pairing(self.recipe, self.environment, self.mesh, programs)
+    self._table = None
+    cached = self.recipe.preference.ref_logprobs == 'cached'
+    if self.algorithm.preferring is not None and cached:
+      path = self.path('reference.npz')
+      self._table = ReferenceTable(
+        self.recipe, self.environment, programs, path
+      )
     self._prepare, self._update = programs.prepare, programs.update
     if hosts.first():
       workdir.claim(directory, self.config, overrides)
@@ -154,6 +162,8 @@ class Trainer:
     supervised, offline = recipe.sft.num_steps, recipe.num_offline_steps
     if step and step in (supervised, offline):
       state = self._states.begin_next(state.params, step)
+    if self._table is not None and supervised <= step < offline:
+      state = self._table.ready(state, begins=step == supervised)
     every = recipe.evaluation.every
     if every and (step % every == 0 or step in (supervised, offline)):
       report.flush()
@@ -187,7 +197,10 @@ class Trainer:
     if every is not None and step and step % every == 0:
       reference = self._programs.refresh(trainable(state.params))
       state = dataclasses.replace(state, ref_params=reference)
-    units = self._pairing.units(state, step, report)
+    if self._table is not None:
+      units = self._table.units(step)
+    else:
+      units = self._pairing.units(state, step, report)
     return self._offline(*self._programs.prefer(state, units), report)
 
   def _offline(
@@ -295,6 +308,8 @@ class Trainer:
   def _finish(self, state: TrainState, report: Report) -> None:
     """Evaluate, export, draw; then say that the run is finished."""
     step = self.recipe.num_steps
+    if self._table is not None and step == self.recipe.num_offline_steps:
+      state = self._table.ready(state, begins=False)
     if self.recipe.evaluation.every:
       report.write(step, self._evaluate(state, step, report))
     workdir.die_at('before_export', step)

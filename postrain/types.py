@@ -266,6 +266,7 @@ class TrainState:
   ref_params: Params | None = None
   kl_coef: Any = None  # Float[Array, ''], where a controller moves it
   stopped: Any = None  # Bool[Array, ''], where updates may be left out
+  ref_digest: Any = None  # UInt32[Array, '8'], of a table of the reference
   carried: Any = None  # `Carried`, in checkpoints alone
 
 

@@ -38,7 +38,7 @@ LAYERS = (
     'feedback',
     'judging',
     *('packing', 'pairing', 'pipeline', 'preference_checks', 'preferring'),
-    *('preparation', 'recipe'),
+    *('preparation', 'recipe', 'reference_table'),
     *('rehearsal', 'schema', 'shapes', 'states'),
     *('streaming', 'sweeps', 'topologies', 'traffic', 'trainer'),
   },

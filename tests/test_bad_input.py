@@ -231,6 +231,29 @@ FIELDS = [
       ('source', 'judges', "source='judges'"),
       ('source', 'rewards', "'rewards' with .num_examples=8: prompts are"),
       ('reference_every', 0, 'preference.reference_every=0'),
+      ('ref_logprobs', 'kept', "ref_logprobs='kept'"),
+    )
+  ),
+  *(
+    ('preference', {'preference.ref_logprobs': 'cached', **changes}, message)
+    for changes, message in (
+      (
+        {'preference.reference_every': 2},
+        'with .reference_every=2: it has one',
+      ),
+      (
+        {'preference.num_examples': None},
+        'num_examples=None, whose units are n',
+      ),
+      ({'preference.loss': {'name': 'simpo'}}, "'simpo', which reads no refer"),
+      (
+        {'preference.loss': {'name': 'kto'}, 'preference.data': 'unpaired'},
+        "loss 'kto', whose reference point is of other",
+      ),
+      (
+        {'preference.source': 'rewards', 'preference.num_examples': None},
+        "source='rewards', whose units are new at each step; or take 'live'",
+      ),
     )
   ),
   (

@@ -24,7 +24,7 @@ from postrain import (
 )
 from postrain.aggregation import token_mean
 from postrain.batches import weigh_units
-from postrain.environments import Units
+from postrain.environments import Units, rows_of
 from postrain.models.config import Config
 from postrain.models.heads import with_labels
 from postrain.models.transformer import transformer
@@ -254,6 +254,9 @@ def test_preferences_of_a_file(kind: str, tmp_path: pathlib.Path) -> None:
     assert len(drawn.tokens) == 2 * size
     dtypes = {name: array.dtype for name, array in drawn.arrays.items()}
     assert dtypes == units.dtypes
+  for step, drawn in enumerate(several):
+    rows = rows_of(units.all_units(None), units.numbers(step, 2, None), size)
+    assert (rows.tokens[:, : drawn.tokens.shape[1]] == drawn.tokens).all()
   lengths = {drawn.tokens.shape[1] for drawn in several}
   assert lengths == units.lengths(range(6), 2, None)
   assert max(lengths) <= units.length

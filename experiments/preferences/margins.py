@@ -15,8 +15,8 @@ from experiments.preferences.common import run_config, spread
 from postrain.trainer import Trainer
 
 METHODS, BETA = ('dpo', 'ipo'), 0.1
-NUM_STEPS, NUM_PAIRS = 1600, 24
-AT = (100, 200, 400, 800, 1600)
+NUM_STEPS, NUM_PAIRS = 800, 24
+AT = (50, 100, 200, 400, 800)
 
 
 def config_of(method: str, seed: int) -> Any:

@@ -33,9 +33,8 @@ def proxy(path: pathlib.Path, seed: int) -> str:
   config = scores.config_of('bradley_terry', seed)
   config.preference.num_steps = NUM_STEPS
   config.preference.optimizer.update(
-    learning_rate=3e-3, schedule='linear', warmup_steps=0, b2=0.99,
-    total_steps=NUM_STEPS,
-  )  # fmt: skip
+    schedule='linear', b2=0.99, total_steps=NUM_STEPS
+  )
   config.environment.rater = dict(scale=SCALE, feature='disliked', bias=BIAS)
   directory = path / f'proxy-{seed}'
   Trainer(config, str(directory)).run()

@@ -25,9 +25,8 @@ def config_of(loss: str, seed: int) -> Any:
   config.preference.data = LOSSES[loss]
   config.preference.loss = dict(name=loss)
   config.preference.optimizer.update(
-    learning_rate=1e-2, schedule='cosine', warmup_steps=100, b2=0.999,
-    total_steps=NUM_STEPS,
-  )  # fmt: skip
+    learning_rate=3e-3, schedule='cosine', b2=0.999, total_steps=NUM_STEPS
+  )
   config.evaluation.update(every=500, num_prompts=NUM_PAIRS, batch_size=512)
   return config
 

@@ -55,7 +55,7 @@ def study(path: pathlib.Path, seeds: range) -> dict[str, Any]:
     Trainer(config, str(directory)).run()
     lines = (directory / 'metrics.jsonl').read_text().splitlines()
     rows = [json.loads(line) for line in lines][config.sft.num_steps :]
-    told = [[row[f] for f in FIGURES] for row in rows[:-1]]
+    told = [[row[f] for f in FIGURES] for row in rows]
     found['rounds'].append(told)
     print(seed, told[0], told[-1], flush=True)
   return found

@@ -122,6 +122,10 @@ def _comparisons(
       length(rows_of(known, numbers(step, *choices), unit_size))
       for step in steps
     },
+    numbers=numbers,
+    all_units=lambda number: rows_of(
+      known, np.arange(len(known.tokens[::unit_size][:number])), unit_size
+    ),
     held_out=others and functools.partial(_first, others),
   )
 

@@ -74,15 +74,16 @@ def _comparisons(
   def all_of_them(number: int) -> Units:
     return jax.device_get(draw(run_key(seed, 'preferences'), number))
 
+  def numbers(step: int, batch_size: int, num_examples: int) -> np.ndarray:
+    return data.indices(seed, step, num_prompts=batch_size, size=num_examples)
+
   def units(step: int, batch_size: int, num_examples: int | None) -> Units:
     if num_examples is None:
       return jax.device_get(
         draw(run_key(seed, 'preferences', step), batch_size)
       )
-    numbers = data.indices(
-      seed, step, num_prompts=batch_size, size=num_examples
-    )
-    return rows_of(all_of_them(num_examples), numbers, unit_size)
+    chosen = numbers(step, batch_size, num_examples)
+    return rows_of(all_of_them(num_examples), chosen, unit_size)
 
   @jax.jit
   def compared(key: Any, prompts: Any, samples: Any) -> Units:
@@ -106,6 +107,8 @@ def _comparisons(
     held_out=lambda number: jax.device_get(
       draw_pairs(run_key(seed, 'held_out_preferences'), number, held_out=True)
     ),
+    numbers=numbers,
+    all_units=all_of_them,
     compare=compare,
   )
 

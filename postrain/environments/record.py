@@ -50,6 +50,9 @@ class Comparisons:
     lengths: (steps, batch_size, num_examples) -> the lengths of rows that
       ``units`` will have in any of them.
     held_out: (num_pairs) -> Units, pairs, the same at every call.
+    numbers: (step, batch_size, num_examples) -> the numbers of what ``units``
+      gives among ``all_units``; None with those where the policy writes.
+    all_units: (num_examples) -> Units, as many as there are.
     compare: (step, prompts, samples) -> Units: two completions of each prompt,
       in the order that raters give them; None where there are no raters.
   """
@@ -60,6 +63,8 @@ class Comparisons:
   units: Callable[[int, int, int | None], Units] | None
   lengths: Callable[[range, int, int | None], set[int]]
   held_out: Callable[[int], Units] | None
+  numbers: Callable[[int, int, Any], np.ndarray] | None = None
+  all_units: Callable[[Any], Units] | None = None
   compare: Callable[[int, Prompts, Samples], Units] | None = None
 
 
