@@ -199,8 +199,8 @@ def _make_update(
 
 def _make_ptx(recipe: Recipe, model: Model) -> Callable | None:
   """Make (params, demonstrations) -> the gradient of their term, figures."""
-  choices = recipe.ptx
-  if choices.coef is None:
+  coef, num_micro_batches = recipe.ptx.coef, recipe.ptx.num_micro_batches
+  if coef is None:
     return None
   likelihood = objectives.supervised(
     model, loss=losses.negative_log_likelihood, chunk_size=recipe.chunk_size
@@ -208,7 +208,7 @@ def _make_ptx(recipe: Recipe, model: Model) -> Callable | None:
 
   def term(params: Params, frozen: Any, batch: Batch) -> tuple[Any, Metrics]:
     total, figures = likelihood(params, frozen, batch)
-    total = choices.coef * total
+    total = coef * total
     fixed = jax.lax.stop_gradient(total)
     return total, {'loss/ptx': figures['loss'], 'loss': Sum(fixed)}
 
@@ -216,7 +216,7 @@ def _make_ptx(recipe: Recipe, model: Model) -> Callable | None:
     tokens, valid, mask = demonstrations
     weights = {'policy': aggregation.token_mean(mask)}
     batch = Batch(tokens, valid, mask, weights, {})
-    return accumulate(term, params, {}, batch, choices.num_micro_batches)
+    return accumulate(term, params, {}, batch, num_micro_batches)
 
   return beside
 
