@@ -203,7 +203,7 @@ def _make_update(
 
 def _make_ptx(recipe: Recipe, model: Model) -> Callable | None:
   """Make (params, demonstrations) -> the gradient of their term, figures."""
-  coef = recipe.ptx.coef
+  coef, num_micro_batches = recipe.ptx.coef, recipe.ptx.num_micro_batches
   if coef is None:
     return None
   likelihood = objectives.supervised(
@@ -220,7 +220,7 @@ def _make_ptx(recipe: Recipe, model: Model) -> Callable | None:
     tokens, valid, mask = demonstrations
     weights = {'policy': aggregation.token_mean(mask)}
     batch = Batch(tokens, valid, mask, weights, {})
-    return accumulate(term, params, {}, batch, recipe.ptx.num_micro_batches)
+    return accumulate(term, params, {}, batch, num_micro_batches)
 
   return beside
 

@@ -1,7 +1,8 @@
 """Where a critic comes from: its network, and its parameters at the start.
 
-The critic has a trunk, an optimiser and shardings of its own. Its values are
-of the state before each token, those of `postrain.values.token_values`.
+The critic has an optimiser and shardings of its own, and a trunk, unless it is
+`shared`. Its values are of the state before each token, those of
+`postrain.values.token_values`.
 """
 
 from collections.abc import Callable

@@ -97,6 +97,7 @@ def written(folder: pathlib.Path, num_iterations: int) -> ConfigDict:
   config.rl.num_iterations, config.rl.num_prompts = num_iterations, 2
   config.advantage = dict(name='remax')
   config.kl.loss_coef = 0.1
+  config.ptx.update(coef=0.1, batch_size=2)
   config.evaluation = dict(
     every=3, grader='finished', threshold=1.0, exploit_threshold=None,
     num_prompts=3, batch_size=2, num_samples=2, ks=(1, 2),

@@ -122,3 +122,8 @@ def test_slots_are_refused():
     device_loop.run(config(sampling__num_slots=4), seeds=SEEDS)
   with pytest.raises(ValueError, match=r'row_length=32.*set it to None'):
     device_loop.run(config(rl__row_length=32), seeds=SEEDS)
+
+
+def test_demonstrations_beside_updates_are_refused():
+  with pytest.raises(ValueError, match=r'ptx.coef=1.0.*set it to None'):
+    device_loop.run(config(ptx__coef=1.0), seeds=SEEDS)
