@@ -2,13 +2,17 @@
 
 import os
 import pathlib
+import runpy
+import types
 
 import numpy as np
 import pytest
 
-from experiments.gsm8k_rewards import run as rewards
 from postrain import data
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / 'experiments' / 'gsm8k_rewards' / 'run.py'
+rewards = types.SimpleNamespace(**runpy.run_path(str(PROGRAM)))
 DATA = os.environ.get('POSTRAIN_DATA')
 
 
