@@ -2,12 +2,11 @@
 
   python experiments/constitution/run.py --part=pipeline \\
     --workdir=runs/constitution
-  python experiments/constitution/run.py --part=noise \\
-    --workdir=runs/constitution
 
 The first runs the stages of configs/constitution.py with each seed (started
-again, it continues), the second judges with noise and with a taste for a
-position. Each prints tables, and writes PART.json and PART.png.
+again, it continues), --part=variants runs them without a term for help and with
+pairs of revisions, and --part=noise judges with noise and with a taste for a
+position. Each prints a table, and writes PART.json and PART.png.
 """
 
 import argparse
@@ -27,30 +26,39 @@ from postrain.compilation import use_cache
 
 PRINCIPLES = feedback.constitution(constitution.PRINCIPLES)
 FIGURES = ('any', *(p.name for p in PRINCIPLES), 'help', 'length')
-VARIANTS = {
-  'online': {},
-  'online, pairs of revisions': dict(pairs='revision'),
-  'online, no term for help': dict(helpfulness=0.0),
+VARIANTS: dict[str, dict[str, Any]] = {
+  'no term for help': dict(helpfulness=0.0),
+  'pairs of revisions': dict(pairs='revision'),
 }
 
 
 def stages(path: pathlib.Path, seeds: range) -> dict[str, Any]:
-  """Figures of each model and seed; variants share the stages before them."""
-  found: dict[str, list] = {name: [] for name in ('base', 'supervised')}
-  for variant, choices in VARIANTS.items():
-    found[variant] = []
-    for seed in seeds:
-      made = constitution.get_pipeline(seed, **choices).items()
-      planned = pipeline.run(
-        [pipeline.Stage(*stage) for stage in made], str(path / f'seed-{seed}')
-      )
-      report = pathlib.Path(planned[-1].directory, 'report.json')
-      figures = json.loads(report.read_text())
-      found[variant].append(figures['online'])
-      if not choices:
-        for name in ('base', 'supervised'):
-          found[name].append(figures[name])
+  """Figures of each model and seed."""
+  reports = [_report(path, seed) for seed in seeds]
+  names = ('base', 'supervised', 'online')
+  return {'models': {name: [r[name] for r in reports] for name in names}}
+
+
+def variants(path: pathlib.Path, seeds: range) -> dict[str, Any]:
+  """The last model of other choices, which share the stages before them."""
+  found: dict[str, list] = {name: [] for name in VARIANTS}
+  for seed in seeds:
+    for name, choices in VARIANTS.items():
+      found[name].append(_report(path, seed, **choices)['online'])
   return {'models': found}
+
+
+def _report(path: pathlib.Path, seed: int, **choices: Any) -> dict[str, Any]:
+  """What the last stage of a pipeline says: model -> figure -> value."""
+  planned = pipeline.run(
+    [
+      pipeline.Stage(*stage)
+      for stage in constitution.get_pipeline(seed, **choices).items()
+    ],
+    str(path / f'seed-{seed}'),
+  )
+  text = pathlib.Path(planned[-1].directory, 'report.json').read_text()
+  return json.loads(text)
 
 
 def spread(values: Any) -> str:
@@ -71,12 +79,12 @@ def table_of_stages(found: dict[str, Any]) -> str:
 
 
 def draw_stages(found: dict[str, Any], axes: Any) -> None:
-  names = ('base', 'supervised', 'online')
   for number, figure in enumerate(FIGURES[:-1]):
-    style = 'k--' if figure == 'help' else f'C{number}'
-    values = [[r[figure] for r in found['models'][name]] for name in names]
+    style = 'k.' if figure == 'help' else f'C{number}.'
+    values = [[r[figure] for r in runs] for runs in found['models'].values()]
     for i, run in enumerate(zip(*values, strict=True)):
-      axes.plot(names, run, style, lw=0.9, label=None if i else figure)
+      label = None if i else figure
+      axes.plot([*found['models']], run, f'{style}-', lw=0.9, label=label)
   axes.set(ylabel='share of answers')
 
 
@@ -115,6 +123,7 @@ def noises(path: pathlib.Path, seeds: range) -> dict[str, Any]:
 
 PARTS = {
   'pipeline': (stages, table_of_stages, draw_stages),
+  'variants': (variants, table_of_stages, draw_stages),
   'noise': (noises, table_of_noise, draw_noise),
 }
 
