@@ -4,9 +4,9 @@
     --workdir=runs/constitution
 
 The first runs the stages of configs/constitution.py with each seed (started
-again, it continues), --part=variants runs them without a term for help and with
-pairs of revisions, and --part=noise judges with noise and with a taste for a
-position. Each prints a table, and writes PART.json and PART.png.
+again, it continues), --part=unhelped trains once more without a term for help,
+and --part=noise judges with noise and with a taste for a position. Each prints
+a table, and writes PART.json and PART.png.
 """
 
 import argparse
@@ -26,10 +26,6 @@ from postrain.compilation import use_cache
 
 PRINCIPLES = feedback.constitution(constitution.PRINCIPLES)
 FIGURES = ('any', *(p.name for p in PRINCIPLES), 'help', 'length')
-VARIANTS: dict[str, dict[str, Any]] = {
-  'no term for help': dict(helpfulness=0.0),
-  'pairs of revisions': dict(pairs='revision'),
-}
 
 
 def stages(path: pathlib.Path, seeds: range) -> dict[str, Any]:
@@ -39,13 +35,10 @@ def stages(path: pathlib.Path, seeds: range) -> dict[str, Any]:
   return {'models': {name: [r[name] for r in reports] for name in names}}
 
 
-def variants(path: pathlib.Path, seeds: range) -> dict[str, Any]:
-  """The last model of other choices, which share the stages before them."""
-  found: dict[str, list] = {name: [] for name in VARIANTS}
-  for seed in seeds:
-    for name, choices in VARIANTS.items():
-      found[name].append(_report(path, seed, **choices)['online'])
-  return {'models': found}
+def unhelped(path: pathlib.Path, seeds: range) -> dict[str, Any]:
+  """The last model where nothing pays for help; all before it is shared."""
+  reports = [_report(path, seed, helpfulness=0.0) for seed in seeds]
+  return {'models': {'online, no help': [r['online'] for r in reports]}}
 
 
 def _report(path: pathlib.Path, seed: int, **choices: Any) -> dict[str, Any]:
@@ -123,7 +116,7 @@ def noises(path: pathlib.Path, seeds: range) -> dict[str, Any]:
 
 PARTS = {
   'pipeline': (stages, table_of_stages, draw_stages),
-  'variants': (variants, table_of_stages, draw_stages),
+  'unhelped': (unhelped, table_of_stages, draw_stages),
   'noise': (noises, table_of_noise, draw_noise),
 }
 
