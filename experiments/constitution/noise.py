@@ -81,7 +81,7 @@ def _run(
   reward = samples @ _fitted(one - two, labels)
   violating = (samples.sum(1) > 0).reshape(NUM_SETS, -1)
   weights = jax.nn.softmax(reward.reshape(NUM_SETS, -1) / BETA, axis=1)
-  learnt = float((weights * violating).sum(1).mean())
+  learnt = float(jnp.where(violating, weights, 0).sum(1).mean())
   return float(right.mean()), learnt, float(violating.mean())
 
 

@@ -2,12 +2,11 @@
 
   python experiments/constitution/run.py --part=pipeline \\
     --workdir=runs/constitution
-  python experiments/constitution/run.py --part=noise \\
-    --workdir=runs/constitution
 
 The first runs the stages of configs/constitution.py with each seed (started
-again, it continues), the second judges with noise and with a taste for a
-position. Each prints tables, and writes PART.json and PART.png.
+again, it continues), --part=unhelped trains once more without a term for help,
+and --part=noise judges with noise and with a taste for a position. Each prints
+a table, and writes PART.json and PART.png.
 """
 
 import argparse
@@ -27,30 +26,32 @@ from postrain.compilation import use_cache
 
 PRINCIPLES = feedback.constitution(constitution.PRINCIPLES)
 FIGURES = ('any', *(p.name for p in PRINCIPLES), 'help', 'length')
-VARIANTS = {
-  'online': {},
-  'online, pairs of revisions': dict(pairs='revision'),
-  'online, no term for help': dict(helpfulness=0.0),
-}
 
 
 def stages(path: pathlib.Path, seeds: range) -> dict[str, Any]:
-  """Figures of each model and seed; variants share the stages before them."""
-  found: dict[str, list] = {name: [] for name in ('base', 'supervised')}
-  for variant, choices in VARIANTS.items():
-    found[variant] = []
-    for seed in seeds:
-      made = constitution.get_pipeline(seed, **choices).items()
-      planned = pipeline.run(
-        [pipeline.Stage(*stage) for stage in made], str(path / f'seed-{seed}')
-      )
-      report = pathlib.Path(planned[-1].directory, 'report.json')
-      figures = json.loads(report.read_text())
-      found[variant].append(figures['online'])
-      if not choices:
-        for name in ('base', 'supervised'):
-          found[name].append(figures[name])
-  return {'models': found}
+  """Figures of each model and seed."""
+  reports = [_report(path, seed) for seed in seeds]
+  names = ('base', 'supervised', 'online')
+  return {'models': {name: [r[name] for r in reports] for name in names}}
+
+
+def unhelped(path: pathlib.Path, seeds: range) -> dict[str, Any]:
+  """The last model where nothing pays for help; all before it is shared."""
+  reports = [_report(path, seed, helpfulness=0.0) for seed in seeds]
+  return {'models': {'online, no help': [r['online'] for r in reports]}}
+
+
+def _report(path: pathlib.Path, seed: int, **choices: Any) -> dict[str, Any]:
+  """What the last stage of a pipeline says: model -> figure -> value."""
+  planned = pipeline.run(
+    [
+      pipeline.Stage(*stage)
+      for stage in constitution.get_pipeline(seed, **choices).items()
+    ],
+    str(path / f'seed-{seed}'),
+  )
+  text = pathlib.Path(planned[-1].directory, 'report.json').read_text()
+  return json.loads(text)
 
 
 def spread(values: Any) -> str:
@@ -71,12 +72,12 @@ def table_of_stages(found: dict[str, Any]) -> str:
 
 
 def draw_stages(found: dict[str, Any], axes: Any) -> None:
-  names = ('base', 'supervised', 'online')
   for number, figure in enumerate(FIGURES[:-1]):
-    style = 'k--' if figure == 'help' else f'C{number}'
-    values = [[r[figure] for r in found['models'][name]] for name in names]
+    style = 'k.' if figure == 'help' else f'C{number}.'
+    values = [[r[figure] for r in runs] for runs in found['models'].values()]
     for i, run in enumerate(zip(*values, strict=True)):
-      axes.plot(names, run, style, lw=0.9, label=None if i else figure)
+      label = None if i else figure
+      axes.plot([*found['models']], run, f'{style}-', lw=0.9, label=label)
   axes.set(ylabel='share of answers')
 
 
@@ -115,6 +116,7 @@ def noises(path: pathlib.Path, seeds: range) -> dict[str, Any]:
 
 PARTS = {
   'pipeline': (stages, table_of_stages, draw_stages),
+  'unhelped': (unhelped, table_of_stages, draw_stages),
   'noise': (noises, table_of_noise, draw_noise),
 }
 

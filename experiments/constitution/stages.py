@@ -20,6 +20,7 @@ import numpy as np
 
 from postrain import data, feedback, losses, policies, workdir
 from postrain.data.buckets import padded
+from postrain.feedback.judges import LARGEST
 from postrain.keys import run_key
 from postrain.sampling import sample
 from postrain.types import Completion
@@ -73,7 +74,8 @@ def revise(
 ) -> None:  # fmt: skip
   """Revisions to imitate, and pairs of each with what it was made of.
 
-  A response that stays as it is makes no pair, but is imitated.
+  A response that stays as it is makes no pair, but is imitated. What is left
+  empty is neither.
   """
   chosen = feedback.constitution(principles)
   draw = np.random.default_rng([seed, 1])
@@ -84,12 +86,12 @@ def revise(
     )
     rounds = [each._asdict() for each in found.rounds]
     rows.append({**row, 'rounds': rounds, 'completion': found.text})
-    if found.text and found.text != row['response']:
+    if found.text != row['response'] and found.text.strip():
       pairs.append(dict(
         prompt=row['prompt'], chosen=found.text, rejected=row['response'],
-        margin=feedback.judges.LARGEST,
+        margin=LARGEST,
       ))  # fmt: skip
-  kept = [row for row in rows if row['completion']]  # there is none to imitate
+  kept = [row for row in rows if row['completion'].strip()]
   _write(directory, 'revisions.jsonl', kept)
   _write(directory, 'pairs.jsonl', pairs)
 
@@ -111,7 +113,7 @@ def compare(
     (prompt, *pair)
     for prompt, each in zip(prompts, answers, strict=True)
     for pair in zip(each[::2], each[1::2], strict=True)
-    if all(pair)
+    if all(text.strip() for text in pair)
   ]
   weights = np.array([p.weight for p in chosen])
   draw = np.random.default_rng([seed, 2])

@@ -124,8 +124,7 @@ def reward_model(
     units = data.encode_pairs(tokenizer, rows, max_length=max_length)
     score = functools.partial(scored, loaded.params)
     scores = _in_pieces(score, (units.tokens, units.valid), batch_size)
-    distance = np.float64(scores[::2] - scores[1::2])
-    return _sigmoid(distance / temperature)
+    return _sigmoid((scores[::2] - scores[1::2]) / temperature)
 
   return judge
 
@@ -207,7 +206,7 @@ def language_model(
     found = _in_pieces(
       functools.partial(likelihoods, params), arrays, batch_size
     )
-    return _sigmoid(np.float64(found[::2] - found[1::2]))
+    return _sigmoid(found[::2] - found[1::2])
 
   return judge
 
@@ -288,5 +287,5 @@ def _in_pieces(
   return np.concatenate(jax.device_get(found))[:number]
 
 
-def _sigmoid(x: Any) -> Float[np.ndarray, ' N']:
-  return np.asarray(np.exp(-np.logaddexp(0, -x)))
+def _sigmoid(x: Float[np.ndarray, ' N']) -> Float[np.ndarray, ' N']:
+  return np.exp(-np.logaddexp(0, -x.astype(np.float64)))
