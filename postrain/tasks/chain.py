@@ -80,11 +80,12 @@ def chain(
     ends = (jnp.where(mask, completions, pad) == stop).astype(jnp.int32)
     place = jnp.minimum(3 * count, mask.shape[1] - 1)[:, None]
     stopped = jnp.take_along_axis(ends, place, 1)[:, 0] > 0
-    stopped &= mask.sum(-1) == 3 * count + 1
+    stopped &= mask.sum(-1, dtype=jnp.int32) == 3 * count + 1
     last = jnp.maximum(count - 1, 0)[:, None]
     found = jnp.take_along_axis(steps.sums, last, 1)[:, 0]
     used = jnp.take_along_axis(steps.used, last, 1)[:, 0]
-    answer = stopped & (count > 0) & (found == prompts.sum(-1) % modulus)
+    total = prompts.sum(-1, dtype=jnp.int32) % modulus
+    answer = stopped & (count > 0) & (found == total)
     whole = (steps.right == steps.written).all(-1) & (used == num_steps)
     return steps, answer, whole
 
