@@ -212,7 +212,7 @@ def noisy_policy(
       raise ValueError(f'a rate of {rate}: choose it in [0, 1]')
   size = modulus + 3
   eye = np.eye(size, dtype=np.float32)
-  numbers = np.float32(np.arange(size) < modulus)
+  numbers = np.asarray(np.arange(size) < modulus, np.float32)
 
   def init(key: Key[Array, '']) -> dict[str, Array]:
     del key
