@@ -80,11 +80,12 @@ def chain(
     ends = (jnp.where(mask, completions, pad) == stop).astype(jnp.int32)
     place = jnp.minimum(3 * count, mask.shape[1] - 1)[:, None]
     stopped = jnp.take_along_axis(ends, place, 1)[:, 0] > 0
-    stopped &= mask.sum(-1) == 3 * count + 1
+    stopped &= mask.sum(-1, dtype=jnp.int32) == 3 * count + 1
     last = jnp.maximum(count - 1, 0)[:, None]
     found = jnp.take_along_axis(steps.sums, last, 1)[:, 0]
     used = jnp.take_along_axis(steps.used, last, 1)[:, 0]
-    answer = stopped & (count > 0) & (found == prompts.sum(-1) % modulus)
+    total = prompts.sum(-1, dtype=jnp.int32) % modulus
+    answer = stopped & (count > 0) & (found == total)
     whole = (steps.right == steps.written).all(-1) & (used == num_steps)
     return steps, answer, whole
 
@@ -211,7 +212,7 @@ def noisy_policy(
       raise ValueError(f'a rate of {rate}: choose it in [0, 1]')
   size = modulus + 3
   eye = np.eye(size, dtype=np.float32)
-  numbers = np.float32(np.arange(size) < modulus)
+  numbers = np.asarray(np.arange(size) < modulus, np.float32)
 
   def init(key: Key[Array, '']) -> dict[str, Array]:
     del key
