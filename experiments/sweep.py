@@ -16,6 +16,8 @@ from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))
 
+import jax
+
 from postrain import sweeps
 from postrain.sweeps import jobs, local, searching
 
@@ -71,6 +73,7 @@ def parse() -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> int:
   """Run or submit what is not finished; the status of the process."""
+  jax.config.update('jax_platforms', 'cpu')  # accelerators are for the workers
   found, root = load(flags.sweep), os.path.abspath(flags.workdir)
   if 'get_search' in found:
     return search(flags, found, root)

@@ -405,7 +405,7 @@ def started(tmp_path: pathlib.Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_process_that_is_asked_to_stop_says_so_and_goes_on(tmp_path):
-  changes = {'seed': 5, 'rl.num_iterations': 2000, 'checkpoint.every': 500}
+  changes = {'seed': 5, 'rl.num_iterations': 600, 'checkpoint.every': 100}
   (planned,) = sweeps.plan(base(), [changes], str(tmp_path))
   directory = pathlib.Path(planned.directory)
   program = [sys.executable, '-m', 'postrain.sweeps.worker', str(directory)]

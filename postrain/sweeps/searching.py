@@ -82,8 +82,11 @@ def search(
       row = _row(number, trial.params, choices.axes)
       planned += plan(base, [row], root)
       found = planned[-1]
+      failed = trial.state == states.FAIL
+      if not failed and not found.finished:
+        failed = bool(run(planned))
       value = None
-      if trial.state != states.FAIL and not run(planned):
+      if not failed:
         labels = dict(found.row.labels)
         end = result(found.directory, labels, choices.figure, choices.last)
         value = end.final
