@@ -128,6 +128,7 @@ class Trainer:
     with compiling(programs, limit=recipe.machine.memory_limit):
       state = self._restore(checkpoints, start)
       checkpoints.compile(self._states.all_stored(start))
+    hosts.meet()
     with (
       self.environment.grading(),
       self._report(start) as report,
@@ -325,3 +326,4 @@ class Trainer:
       rows = self.path(workdir.FILES[0])
       metrics.curves(rows, self.path('curves.png'), CURVES)
       workdir.write_json(self.path('finished.json'), {'steps': step})
+    hosts.meet()

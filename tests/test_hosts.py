@@ -61,6 +61,17 @@ def test_wrong_processes_are_refused(arguments: dict, message: str) -> None:
     pass
 
 
+def test_nobody_at_the_address() -> None:
+  with (
+    pytest.raises(ValueError, match='nobody listens at the coordinator local'),
+    hosts.joined(
+      coordinator=f'localhost:{free_port()}', num_processes=2, process_id=1,
+      connect_seconds=0,
+    ),
+  ):  # fmt: skip
+    pass
+
+
 def test_a_taken_port_is_refused() -> None:
   with socket.create_server(('localhost', 0)) as server:
     address = f'localhost:{server.getsockname()[1]}'
@@ -199,14 +210,44 @@ def test_two_processes_share_values_errors_and_checkpoints(
       assert np.asarray(found[name]).tobytes() == np.asarray(array).tobytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('dying', 'message'), [(0, 'leader'), (1, 'Task 1 heartbeat timeout')]
+)
+def test_a_death_ends_the_other(
+  dying: int, message: str, tmp_path: pathlib.Path
+) -> None:
+  port, logs = str(free_port()), [tmp_path / '0', tmp_path / '1']
+  both = []
+  for index in range(2):
+    with logs[index].open('w') as log:
+      both.append(
+        subprocess.Popen(
+          [
+            sys.executable, ROOT / 'tests' / 'hosts_death.py',
+            port, str(index), '5', str(dying),
+          ],
+          env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1'},
+          stdout=log, stderr=subprocess.STDOUT,
+        )
+      )  # fmt: skip
+  statuses = [process.wait(timeout=300) for process in both]
+  assert statuses[dying] == -signal.SIGKILL
+  assert statuses[1 - dying] not in (0, -signal.SIGKILL)
+  assert message in logs[1 - dying].read_text()
+
+
 Outcome = tuple[list[int], list[str]]
 
 
 def run(
   directory: pathlib.Path, faults: tuple[str | None, ...] = (None, None),
-  term_at: str | None = None,
+  stopped: bool = False,
 ) -> Outcome:  # fmt: skip
-  """Both processes until they end: their statuses, and what they said."""
+  """Both processes until they end: their statuses, and what they said.
+
+  Each dies at its fault; with ``stopped`` the second gets a SIGTERM.
+  """
   port, cache = free_port(), directory.parent / 'cache'
   both = []
   logs = [directory.parent / f'{directory.name}-{i}.log' for i in range(2)]
@@ -225,10 +266,12 @@ def run(
           stdout=log, stderr=subprocess.STDOUT,
         )
       )  # fmt: skip
-  while term_at and f'\nstep {term_at}/' not in logs[0].read_text():
+  # Before the first step, for it takes a second or two until they agree.
+  while stopped and both[0].poll() is None:
+    if 'programs in' in logs[0].read_text():
+      both[1].terminate()
+      break
     time.sleep(0.02)
-  if term_at:
-    both[1].terminate()
   statuses = [process.wait(timeout=900) for process in both]
   return statuses, [log.read_text() for log in logs]
 
@@ -281,27 +324,21 @@ def test_two_processes_do_what_one_does(whole: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_that_were_killed_end_with_the_same_bits(
+def test_two_processes_stopped_and_killed_end_with_the_same_bits(
   whole: pathlib.Path,
 ) -> None:
-  killed = whole.parent / 'killed'
-  statuses, said = run(killed, (None, 'in_rollout:4'))
-  assert statuses[1] == -signal.SIGKILL
-  assert statuses[0] != 0
-  assert 'task:1' in said[0], said[0]
-  statuses, said = run(killed, ('in_checkpoint:6',) * 2)
-  assert statuses == [-signal.SIGKILL] * 2, said
-  statuses, said = run(killed)
-  assert statuses == [0, 0], said
-  assert contents(killed) == contents(whole)
-
-
-@pytest.mark.slow
-def test_two_processes_that_were_asked_to_stop(whole: pathlib.Path) -> None:
-  stopped = whole.parent / 'stopped'
-  statuses, said = run(stopped, term_at='1')
+  resumed = whole.parent / 'resumed'
+  statuses, said = run(resumed, stopped=True)
   assert statuses == [75, 75], said
   assert 'stopped at step' in said[0]
-  statuses, said = run(stopped)
+  last = hosts_config.NUM_STEPS
+  statuses, said = run(resumed, (None, f'in_rollout:{last - 1}'))
+  assert statuses[1] == -signal.SIGKILL, said
+  assert statuses[0] != 0
+  assert 'Task 1 heartbeat timeout' in said[0], said[0]
+  statuses, said = run(resumed, (f'in_checkpoint:{last}',) * 2)
+  assert statuses == [-signal.SIGKILL] * 2, said
+  assert not (resumed / 'finished.json').exists()
+  statuses, said = run(resumed)
   assert statuses == [0, 0], said
-  assert contents(stopped) == contents(whole)
+  assert contents(resumed) == contents(whole)
