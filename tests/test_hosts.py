@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from typing import Any
 
 import hosts_config
@@ -28,7 +27,6 @@ from postrain.trainer import Trainer
 quick_compiler = tiny.quick_compiler
 
 ROOT = pathlib.Path(__file__).parents[1]
-HEARTBEAT = 10
 
 
 def free_port() -> int:
@@ -240,38 +238,24 @@ def test_a_death_ends_the_other(
 Outcome = tuple[list[int], list[str]]
 
 
-def run(
-  directory: pathlib.Path, faults: tuple[str | None, ...] = (None, None),
-  stopped: bool = False,
-) -> Outcome:  # fmt: skip
-  """Both processes until they end: their statuses, and what they said.
-
-  Each dies at its fault; with ``stopped`` the second gets a SIGTERM.
-  """
+def run(directory: pathlib.Path) -> Outcome:
+  """Both processes until they end: their statuses, and what they said."""
   port, cache = free_port(), directory.parent / 'cache'
   both = []
   logs = [directory.parent / f'{directory.name}-{i}.log' for i in range(2)]
-  for index, fault in enumerate(faults):
+  for index in range(2):
     with logs[index].open('a') as log:
       both.append(
         subprocess.Popen(
           [
             sys.executable, ROOT / 'experiments' / 'train.py',
             f'--config={hosts_config.__file__}:{directory.parent}',
-            f'--workdir={directory}', f'--heartbeat_seconds={HEARTBEAT}',
-            f'--coordinator=localhost:{port}', '--num_processes=2',
-            f'--process_id={index}',
+            f'--workdir={directory}', f'--coordinator=localhost:{port}',
+            '--num_processes=2', f'--process_id={index}',
           ],
-          env=environment(cache, 4) | {'POSTRAIN_FAULT': fault or ''},
-          stdout=log, stderr=subprocess.STDOUT,
+          env=environment(cache, 4), stdout=log, stderr=subprocess.STDOUT,
         )
       )  # fmt: skip
-  # Before the first step, for it takes a second or two until they agree.
-  while stopped and both[0].poll() is None:
-    if 'programs in' in logs[0].read_text():
-      both[1].terminate()
-      break
-    time.sleep(0.02)
   statuses = [process.wait(timeout=900) for process in both]
   return statuses, [log.read_text() for log in logs]
 
@@ -321,24 +305,3 @@ def test_two_processes_do_what_one_does(whole: pathlib.Path) -> None:
     for each in (whole, alone)
   ]
   assert told[0] == told[1]
-
-
-@pytest.mark.slow
-def test_two_processes_stopped_and_killed_end_with_the_same_bits(
-  whole: pathlib.Path,
-) -> None:
-  resumed = whole.parent / 'resumed'
-  statuses, said = run(resumed, stopped=True)
-  assert statuses == [75, 75], said
-  assert 'stopped at step' in said[0]
-  last = hosts_config.NUM_STEPS
-  statuses, said = run(resumed, (None, f'in_rollout:{last - 1}'))
-  assert statuses[1] == -signal.SIGKILL, said
-  assert statuses[0] != 0
-  assert 'Task 1 heartbeat timeout' in said[0], said[0]
-  statuses, said = run(resumed, (f'in_checkpoint:{last}',) * 2)
-  assert statuses == [-signal.SIGKILL] * 2, said
-  assert not (resumed / 'finished.json').exists()
-  statuses, said = run(resumed)
-  assert statuses == [0, 0], said
-  assert contents(resumed) == contents(whole)
