@@ -167,7 +167,9 @@ def joined(
       not find each other.
   """
   given = dict(
-    coordinator=coordinator, num_processes=num_processes, process_id=process_id
+    coordinator_address=coordinator,
+    num_processes=num_processes,
+    process_id=process_id,
   )
   if not environment and not any(v is not None for v in given.values()):
     yield
@@ -182,20 +184,7 @@ def joined(
       _knock(host, port, connect_seconds)
     else:
       _bind(port)
-  try:
-    jax.distributed.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      heartbeat_timeout_seconds=heartbeat_seconds,
-      initialization_timeout=connect_seconds,
-    )
-  except (RuntimeError, ValueError) as error:
-    raise ValueError(
-      f'the processes did not find each other ({error}); given were {given}:'
-      ' start all of them with one coordinator and one number, or, under a'
-      ' scheduler that JAX knows, with the flag distributed alone'
-    ) from error
+  _initialize(given, heartbeat_seconds, connect_seconds)
   meet()
   with contextlib.ExitStack() as stack:
     if not first():
@@ -208,6 +197,23 @@ def joined(
     except Exception:
       _leave(heartbeat_seconds)
       raise
+
+
+def _initialize(
+  given: dict[str, Any], heartbeat_seconds: int, connect_seconds: int
+) -> None:
+  try:
+    jax.distributed.initialize(
+      **given,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+      initialization_timeout=connect_seconds,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(
+      f'the processes did not find each other ({error}); given were {given}:'
+      ' start all of them with one coordinator and one number, or, under a'
+      ' scheduler that JAX knows, with the flag distributed alone'
+    ) from error
 
 
 def _address(

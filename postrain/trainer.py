@@ -262,11 +262,9 @@ class Trainer:
       updated = timer.add('score', started)
       merged = sharding.on_host(updates)
       timer.add('update', updated)
-      rows = []
-      if hosts.first():
-        rows = sample_rows(
-          prompts, samples, rewards, total, scored[2], self.environment.text
-        )
+      rows = sample_rows(
+        prompts, samples, rewards, total, scored[2], self.environment.text
+      )
       told = {
         **group_figures(
           samples, np.concatenate(scored[0]), len(prompts.tokens), iteration
