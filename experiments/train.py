@@ -37,6 +37,9 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one, from 0.')
 HEARTBEAT = flags.DEFINE_integer(
   'heartbeat_seconds', 100, 'Silence after which a process is taken for dead.'
 )
+CONNECT = flags.DEFINE_integer(
+  'connect_seconds', 300, 'How long to wait for the other processes.'
+)
 TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where errors rise.')
 flags.mark_flags_as_required(['config', 'workdir'])
 
@@ -66,6 +69,7 @@ def main(argv: list[str]) -> None:
       num_processes=NUM_PROCESSES.value,
       process_id=PROCESS_ID.value,
       heartbeat_seconds=HEARTBEAT.value,
+      connect_seconds=CONNECT.value,
     ):
       Trainer(CONFIG.value, WORKDIR.value, overrides).run()
   except ValueError as error:

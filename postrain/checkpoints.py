@@ -151,7 +151,10 @@ def _wide(leaf: Any) -> Any:
 def _digests(state: Any) -> dict[str, str]:
   """Path of each leaf -> its digest."""
   named = jax.tree_util.tree_leaves_with_path(state)
-  found = sharding.on_host([_digest(leaf) for _, leaf in named])
+  # One at a time, after all else: devices of the CPU that wait for each other
+  # in many small programs at once may run out of threads.
+  jax.block_until_ready(state)
+  found = [sharding.on_host(_digest(leaf)) for _, leaf in named]
   return {
     _name(path): ''.join(f'{word:08x}' for word in words.tolist())
     for (path, _), words in zip(named, found, strict=True)

@@ -46,6 +46,15 @@ def exchanged(value: Any) -> list[Any]:
   ]
 
 
+def meet() -> None:
+  """Wait until all processes are here.
+
+  To be called where one may have taken much longer than another: devices of
+  the CPU that meet for the first time wait for half a minute only.
+  """
+  exchanged(None)
+
+
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
   """Raise on every process the ValueError of one, or else none would know.
@@ -135,6 +144,7 @@ def joined(
   num_processes: int | None = None,
   process_id: int | None = None,
   heartbeat_seconds: int = 100,
+  connect_seconds: int = 300,
 ) -> Iterator[None]:
   """Join the other processes of a run; before anything touches a device.
 
@@ -150,36 +160,32 @@ def joined(
     num_processes: of the run; None for this process alone.
     process_id: number of this process, from 0.
     heartbeat_seconds: of silence after which a process is taken for dead.
+    connect_seconds: to wait for the others.
 
   Raises:
     ValueError: an argument is missing or out of its range, or the processes did
       not find each other.
   """
   given = dict(
-    coordinator=coordinator, num_processes=num_processes, process_id=process_id
+    coordinator_address=coordinator,
+    num_processes=num_processes,
+    process_id=process_id,
   )
   if not environment and not any(v is not None for v in given.values()):
     yield
     return
-  if not environment:
-    _check(coordinator, num_processes, process_id)
   if heartbeat_seconds < 1:
     raise ValueError(
       f'heartbeat_seconds={heartbeat_seconds}: it must be at least 1'
     )
-  try:
-    jax.distributed.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      heartbeat_timeout_seconds=heartbeat_seconds,
-    )
-  except (RuntimeError, ValueError) as error:
-    raise ValueError(
-      f'the processes did not find each other ({error}); given were {given}:'
-      ' start all of them with one coordinator and one number, or, under a'
-      ' scheduler that JAX knows, with the flag distributed alone'
-    ) from error
+  if not environment:
+    host, port = _address(coordinator, num_processes, process_id)
+    if process_id:
+      _knock(host, port, connect_seconds)
+    else:
+      _bind(port)
+  _initialize(given, heartbeat_seconds, connect_seconds)
+  meet()
   with contextlib.ExitStack() as stack:
     if not first():
       nowhere = stack.enter_context(open(os.devnull, 'w'))
@@ -193,10 +199,27 @@ def joined(
       raise
 
 
-def _check(
-  coordinator: str | None, num_processes: int | None, process_id: int | None
+def _initialize(
+  given: dict[str, Any], heartbeat_seconds: int, connect_seconds: int
 ) -> None:
-  """Refuse what JAX would wait for in vain."""
+  try:
+    jax.distributed.initialize(
+      **given,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+      initialization_timeout=connect_seconds,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(
+      f'the processes did not find each other ({error}); given were {given}:'
+      ' start all of them with one coordinator and one number, or, under a'
+      ' scheduler that JAX knows, with the flag distributed alone'
+    ) from error
+
+
+def _address(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> tuple[str, int]:
+  """Host and port of the coordinator; refuses what JAX would abort at."""
   if coordinator is None or num_processes is None or process_id is None:
     raise ValueError(
       f'coordinator={coordinator}, num_processes={num_processes},'
@@ -212,16 +235,35 @@ def _check(
     raise ValueError(
       f'coordinator={coordinator!r}: give HOST:PORT of the first process'
     )
-  if process_id:
-    return
+  return host, int(port)
+
+
+def _bind(port: int) -> None:
+  """Refuse a port that the coordinator could not have."""
   try:
-    with socket.create_server(('', int(port))):
+    with socket.create_server(('', port)):
       pass
   except OSError as error:
     raise ValueError(
-      f'coordinator={coordinator!r}: port {port} cannot be listened at'
+      f'port {port} of the coordinator cannot be listened at'
       f' ({error.strerror}): take another one'
     ) from error
+
+
+def _knock(host: str, port: int, seconds: int) -> None:
+  """Wait until the coordinator listens."""
+  last = time.monotonic() + seconds
+  while True:
+    try:
+      with socket.create_connection((host.strip('[]'), port), timeout=10):
+        return
+    except OSError as error:
+      if time.monotonic() > last:
+        raise ValueError(
+          f'nobody listens at the coordinator {host}:{port} ({error}) for'
+          f' {seconds} seconds: start process 0 there, or mend the address'
+        ) from error
+    time.sleep(1)
 
 
 def _leave(heartbeat_seconds: int) -> None:

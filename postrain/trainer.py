@@ -113,6 +113,7 @@ class Trainer:
     with compiling(programs, limit=recipe.machine.memory_limit):
       state = self._restore(checkpoints, start)
       checkpoints.compile(self._states.all_stored(start))
+    hosts.meet()
     with (
       self.environment.grading(),
       self._report(start) as report,
@@ -252,11 +253,9 @@ class Trainer:
       updated = timer.add('score', started)
       merged = sharding.on_host(updates)
       timer.add('update', updated)
-      rows = []
-      if hosts.first():
-        rows = sample_rows(
-          prompts, samples, rewards, total, scored[2], self.environment.text
-        )
+      rows = sample_rows(
+        prompts, samples, rewards, total, scored[2], self.environment.text
+      )
       told = {
         **group_figures(
           samples, np.concatenate(scored[0]), len(prompts.tokens), iteration
@@ -320,6 +319,7 @@ class Trainer:
       rows = self.path(workdir.FILES[0])
       metrics.curves(rows, self.path('curves.png'), CURVES)
       workdir.write_json(self.path('finished.json'), {'steps': step})
+    hosts.meet()
 
   def _export(self, params: dict[str, Params]) -> None:
     """Write what trained, by the first host."""

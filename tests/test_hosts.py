@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from typing import Any
 
 import hosts_config
@@ -28,7 +27,6 @@ from postrain.trainer import Trainer
 quick_compiler = tiny.quick_compiler
 
 ROOT = pathlib.Path(__file__).parents[1]
-HEARTBEAT = 10
 
 
 def free_port() -> int:
@@ -58,6 +56,17 @@ def free_port() -> int:
 )  # fmt: skip
 def test_wrong_processes_are_refused(arguments: dict, message: str) -> None:
   with pytest.raises(ValueError, match=message), hosts.joined(**arguments):
+    pass
+
+
+def test_nobody_at_the_address() -> None:
+  with (
+    pytest.raises(ValueError, match='nobody listens at the coordinator local'),
+    hosts.joined(
+      coordinator=f'localhost:{free_port()}', num_processes=2, process_id=1,
+      connect_seconds=0,
+    ),
+  ):  # fmt: skip
     pass
 
 
@@ -199,36 +208,54 @@ def test_two_processes_share_values_errors_and_checkpoints(
       assert np.asarray(found[name]).tobytes() == np.asarray(array).tobytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('dying', 'message'), [(0, 'leader'), (1, 'Task 1 heartbeat timeout')]
+)
+def test_a_death_ends_the_other(
+  dying: int, message: str, tmp_path: pathlib.Path
+) -> None:
+  port, logs = str(free_port()), [tmp_path / '0', tmp_path / '1']
+  both = []
+  for index in range(2):
+    with logs[index].open('w') as log:
+      both.append(
+        subprocess.Popen(
+          [
+            sys.executable, ROOT / 'tests' / 'hosts_death.py',
+            port, str(index), '5', str(dying),
+          ],
+          env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1'},
+          stdout=log, stderr=subprocess.STDOUT,
+        )
+      )  # fmt: skip
+  statuses = [process.wait(timeout=300) for process in both]
+  assert statuses[dying] == -signal.SIGKILL
+  assert statuses[1 - dying] not in (0, -signal.SIGKILL)
+  assert message in logs[1 - dying].read_text()
+
+
 Outcome = tuple[list[int], list[str]]
 
 
-def run(
-  directory: pathlib.Path, faults: tuple[str | None, ...] = (None, None),
-  term_at: str | None = None,
-) -> Outcome:  # fmt: skip
+def run(directory: pathlib.Path) -> Outcome:
   """Both processes until they end: their statuses, and what they said."""
   port, cache = free_port(), directory.parent / 'cache'
   both = []
   logs = [directory.parent / f'{directory.name}-{i}.log' for i in range(2)]
-  for index, fault in enumerate(faults):
+  for index in range(2):
     with logs[index].open('a') as log:
       both.append(
         subprocess.Popen(
           [
             sys.executable, ROOT / 'experiments' / 'train.py',
             f'--config={hosts_config.__file__}:{directory.parent}',
-            f'--workdir={directory}', f'--heartbeat_seconds={HEARTBEAT}',
-            f'--coordinator=localhost:{port}', '--num_processes=2',
-            f'--process_id={index}',
+            f'--workdir={directory}', f'--coordinator=localhost:{port}',
+            '--num_processes=2', f'--process_id={index}',
           ],
-          env=environment(cache, 4) | {'POSTRAIN_FAULT': fault or ''},
-          stdout=log, stderr=subprocess.STDOUT,
+          env=environment(cache, 4), stdout=log, stderr=subprocess.STDOUT,
         )
       )  # fmt: skip
-  while term_at and f'\nstep {term_at}/' not in logs[0].read_text():
-    time.sleep(0.02)
-  if term_at:
-    both[1].terminate()
   statuses = [process.wait(timeout=900) for process in both]
   return statuses, [log.read_text() for log in logs]
 
@@ -278,30 +305,3 @@ def test_two_processes_do_what_one_does(whole: pathlib.Path) -> None:
     for each in (whole, alone)
   ]
   assert told[0] == told[1]
-
-
-@pytest.mark.slow
-def test_two_processes_that_were_killed_end_with_the_same_bits(
-  whole: pathlib.Path,
-) -> None:
-  killed = whole.parent / 'killed'
-  statuses, said = run(killed, (None, 'in_rollout:4'))
-  assert statuses[1] == -signal.SIGKILL
-  assert statuses[0] != 0
-  assert 'task:1' in said[0], said[0]
-  statuses, said = run(killed, ('in_checkpoint:6',) * 2)
-  assert statuses == [-signal.SIGKILL] * 2, said
-  statuses, said = run(killed)
-  assert statuses == [0, 0], said
-  assert contents(killed) == contents(whole)
-
-
-@pytest.mark.slow
-def test_two_processes_that_were_asked_to_stop(whole: pathlib.Path) -> None:
-  stopped = whole.parent / 'stopped'
-  statuses, said = run(stopped, term_at='1')
-  assert statuses == [75, 75], said
-  assert 'stopped at step' in said[0]
-  statuses, said = run(stopped)
-  assert statuses == [0, 0], said
-  assert contents(stopped) == contents(whole)

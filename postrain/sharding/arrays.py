@@ -61,13 +61,12 @@ def on_host(tree: Any) -> Any:
 def on_one_host(tree: Any) -> Any:
   """Arrays that the first process can write; every process must call this.
 
-  Shards stay where they are if it has all of them; what is the same on several
-  devices or of other processes is brought to the host, a leaf at a time. On
-  other processes None stands for each.
+  What lies on several devices is brought to the host, a leaf at a time; on
+  other processes None stands for it.
   """
 
   def brought(leaf: Any) -> Any:
-    if leaf.is_fully_replicated or not leaf.is_fully_addressable:
+    if len(leaf.sharding.device_set) > 1:
       leaf = on_host(leaf)
     return leaf if jax.process_index() == 0 else None
 
