@@ -198,12 +198,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def short_enough(pairs: list[Preference], source: str) -> list[Preference]:
-  """Pairs whose longer row fits, by the tokenizer that the run will make."""
+  """Pairs whose longer row fits, in the tokens of the training questions."""
   tokenizer = tokenizers.train_bpe(
     [
       row[field]
-      for row in data.read_jsonl(f'{source}/train.jsonl', fields=())
       for field in ('question', 'answer')
+      for row in data.read_jsonl(f'{source}/train.jsonl', fields=())
     ],
     vocab_size=1024,
   )
