@@ -14,11 +14,20 @@ import jax
 import numpy as np
 
 from postrain import sharding
+from postrain.assembly import Assembly
 from postrain.environments import Environment, Units, rows_of
 from postrain.preferring import comparisons
 from postrain.programs import Programs
 from postrain.recipe import Recipe
 from postrain.types import Params, TrainState
+
+
+def make_table(parts: Assembly, path: str) -> 'ReferenceTable | None':
+  """The table of a run whose config asks for one, in the file of this path."""
+  choices = parts.recipe.preference
+  if not choices.num_steps or choices.ref_logprobs != 'cached':
+    return None
+  return ReferenceTable(parts.recipe, parts.environment, parts.programs, path)
 
 
 class ReferenceTable:
@@ -36,10 +45,8 @@ class ReferenceTable:
     path: str,
   ):  # fmt: skip
     self._recipe, self._programs, self._path = recipe, programs, path
-    known: Any = comparisons(
-      recipe, environment
-    )  # given, says check_preference
-    self._known = known
+    # There is one, says `check_preference`.
+    self._known: Any = comparisons(recipe, environment)
     self._tables: list[np.ndarray] = []
 
   def ready(self, state: TrainState, *, begins: bool) -> TrainState:

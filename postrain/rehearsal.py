@@ -243,10 +243,8 @@ class Rehearsal:
     return self._begun(state, self.programs.states.begin.trace(params, given))
 
   def _beginning_preference(self) -> Program:
-    state, states = self.shapes.preferring, self.programs.states
-    return self._begun(
-      state, states.begin_preference.trace(trainable(state.params))
-    )
+    state, begin = self.shapes.preferring, self.programs.states.begin_preference
+    return self._begun(state, begin.trace(trainable(state.params)))
 
   def _begun(self, state: TrainState, traced: Any) -> Program:
     made = (state.opt_state, state.ref_params, trainable(state.params))
@@ -284,10 +282,8 @@ class Rehearsal:
   def _judges(self) -> list[Program]:
     state = self.shapes.states[0]
     return [
-      self._program(
-        f'reward model {label}', judge.traced(), state, judge.abstract
-      )
-      for label, judge in self.judges.items()
+      self._program(f'reward model {k}', j.traced(), state, j.abstract)
+      for k, j in self.judges.items()
     ]
 
   def _rehearse_rewards(self, slots: int, samples: Any) -> None:

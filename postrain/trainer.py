@@ -16,7 +16,7 @@ from postrain.collection import Collector, send
 from postrain.compilation import by_role, compiling
 from postrain.pairing import Pairing
 from postrain.recipe import plain
-from postrain.reference_table import ReferenceTable
+from postrain.reference_table import make_table
 from postrain.reporting import (
   CURVES,
   Report,
@@ -64,13 +64,7 @@ class Trainer:
     self._evaluator, self._rehearsal = parts.evaluator, parts.rehearsal
     self._programs = programs = parts.programs
     self._pairing = Pairing(self.recipe, self.environment, self.mesh, programs)
-    self._table = None
-    cached = self.recipe.preference.ref_logprobs == 'cached'
-    if self.algorithm.preferring is not None and cached:
-      path = self.path('reference.npz')
-      self._table = ReferenceTable(
-        self.recipe, self.environment, programs, path
-      )
+    self._table = make_table(parts, self.path('reference.npz'))
     self._prepare, self._update = programs.prepare, programs.update
     if hosts.first():
       workdir.claim(directory, self.config, overrides)
