@@ -2,12 +2,14 @@
 
   python experiments/scaling/run.py --part=cells
   python experiments/scaling/run.py --part=weak
+  python experiments/scaling/run.py --part=paper
 
 cells: `experiments/compile_for.py` for each row of `CELLS`, with the compiler
 of TPUs (``pip install 'postrain[tpu]'``), to one JSON file each; those that
 exist are not compiled again. weak: the update of the smallest shape, its batch
 growing with the devices, on 1 to 256 virtual ones; bytes that a device sends.
-Both print their table; weak draws weak.png.
+paper: how long an iteration takes at least, from the tables of the vendor. All
+print a table; weak draws weak.png.
 """
 
 import argparse
@@ -122,6 +124,46 @@ def weak() -> None:
   plot(found)
 
 
+# Of a chip: bfloat16 FLOP/s, bytes a second of its memory and to others.
+CHIPS = {
+  'v5e': (197e12, 0.82e12, 200e9),
+  'v5p': (459e12, 2.77e12, 600e9),
+  'v6e': (918e12, 1.64e12, 448e9),
+}
+PARAMETERS = {
+  'qwen2.5-0.5b': 0.49e9,
+  'qwen2.5-7b': 7.6e9,
+  'qwen2.5-32b': 32.8e9,
+}
+LENGTH, SAMPLES = 1024, 8  # of a prompt and of a completion; of a prompt
+
+
+def paper() -> None:
+  """Least seconds of the phases of an iteration, parameters cut over fsdp.
+
+  The update multiplies 8 N times a token (2 forward, 2 again, 4 backward) and
+  moves 6 N bytes a slice (gathered twice, scattered once). Decoding reads 2 N
+  bytes a token whatever the rows, and cuts them over `tensor` alone.
+  """
+  print('| shape | chips | update, products | update, traffic | sampling |')
+  print('|' + ' --- |' * 5)
+  tokens = PROMPTS * (SAMPLES + 1) * LENGTH
+  for shape, size in PARAMETERS.items():
+    for kind, (peak, memory, links) in CHIPS.items():
+      for chips in (16, 64, 256, 1024, 4096):
+        slices = max(PROMPTS / chips, 1)
+        products = 8 * size * tokens / chips / peak
+        traffic = slices * 6 * size / links
+        sampling = LENGTH * 2 * size / memory
+        print(
+          f'| {shape} | {chips} {kind} | {products:.2f} s | {traffic:.2f} s |'
+          f' {sampling:.2f} s |'
+        )
+  print('tokens of a chip and slice at which products take as long as traffic:')
+  for kind, (peak, _, links) in CHIPS.items():
+    print(f'{kind}: {6 * peak / (8 * links):.0f}')
+
+
 def plot(found: dict[str, dict[int, float]]) -> None:
   import matplotlib as mpl
 
@@ -140,8 +182,10 @@ def plot(found: dict[str, dict[int, float]]) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--part', choices=['cells', 'weak'], required=True)
-  {'cells': cells, 'weak': weak}[parser.parse_args().part]()
+  parser.add_argument(
+    '--part', choices=['cells', 'weak', 'paper'], required=True
+  )
+  {'cells': cells, 'weak': weak, 'paper': paper}[parser.parse_args().part]()
 
 
 if __name__ == '__main__':
