@@ -5,8 +5,8 @@
 
 The weights are random and the task is sorting: what a program needs follows
 from the shapes alone, those of prompts of 1,024 tokens and completions of as
-many, 256 prompts of 8 in an iteration, an update of 512 sequences. Nothing
-here is a recipe.
+many, 256 prompts of 8 in an iteration and its one update. Nothing here is a
+recipe.
 """
 
 from ml_collections import ConfigDict
@@ -61,9 +61,8 @@ def get_config(name: str = 'qwen2.5-0.5b') -> ConfigDict:
   config.sampling.max_new_tokens = length
   config.rl.num_iterations = 100
   config.rl.num_prompts = 256
-  config.rl.num_minibatches = 4
-  config.rl.num_micro_batches = 4
-  config.rl.num_score_slices = 4
+  config.rl.num_micro_batches = 16
+  config.rl.num_score_slices = 16
   config.chunk_size = 128
   config.mesh.fsdp = -1
   return config

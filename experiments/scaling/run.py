@@ -14,6 +14,7 @@ print a table; weak draws weak.png.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -39,17 +40,22 @@ CELLS: tuple[tuple[str, str, dict[str, int]], ...] = (
   ('qwen3-30b-a3b', 'v5p:4x4x4', {'expert': 8}),
   ('qwen3-30b-a3b', 'v5p:4x4x8', {'expert': 8, 'tensor': 4}),
 )
+PROMPTS = 256  # of an iteration of the config
 PROGRAMS = ('update', 'sample')
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WEAK = {'data': 'data', 'fsdp': 'fsdp', 'fsdp x tensor=4': 'tensor'}
 
 
 def command(shape: str, topology: str, mesh: dict[str, int]) -> list[str]:
-  """What compiles a cell."""
+  """What compiles a cell: slices of one prompt, 8 sequences, a device."""
+  chips = math.prod(int(n) for n in topology.partition(':')[2].split('x'))
+  slices = PROMPTS * mesh.get('tensor', 1) // chips
   sizes = [f'--config.mesh.{axis}={size}' for axis, size in mesh.items()]
   return [
     'experiments/compile_for.py', f'--topology={topology}',
     f'--config=configs/scaling.py:{shape}', *sizes,
+    f'--config.rl.num_micro_batches={slices}',
+    f'--config.rl.num_score_slices={slices}',
     f'--programs={",".join(PROGRAMS)}',
   ]  # fmt: skip
 
@@ -109,8 +115,8 @@ def weak() -> None:
         'experiments/compile_for.py', f'--topology=cpu:{number}',
         '--config=configs/scaling.py:qwen2.5-0.5b', '--programs=update',
         *(f'--config.mesh.{k}={v}' for k, v in mesh.items()),
-        f'--config.rl.num_prompts={rows}', '--config.rl.num_minibatches=1',
-        '--config.rl.num_micro_batches=1', '--config.rl.num_score_slices=1',
+        f'--config.rl.num_prompts={rows}', '--config.rl.num_micro_batches=1',
+        '--config.rl.num_score_slices=1',
       ]  # fmt: skip
       report = compiled(f'weak-{axis}-{number}', line, dict(os.environ))
       (figures,) = report['programs'].values()
