@@ -148,8 +148,9 @@ def paper() -> None:
   """Least seconds of the phases of an iteration, parameters cut over fsdp.
 
   The update multiplies 8 N times a token (2 forward, 2 again, 4 backward) and
-  moves 6 N bytes a slice (gathered twice, scattered once). Decoding reads 2 N
-  bytes a token whatever the rows, and cuts them over `tensor` alone.
+  moves 12 N bytes a slice: gathered twice and scattered once, for prompts and
+  for completions. Decoding reads 2 N bytes a token whatever the rows, and cuts
+  them over `tensor` alone.
   """
   print('| shape | chips | update, products | update, traffic | sampling |')
   print('|' + ' --- |' * 5)
@@ -159,7 +160,7 @@ def paper() -> None:
       for chips in (16, 64, 256, 1024, 4096):
         slices = max(PROMPTS / chips, 1)
         products = 8 * size * tokens / chips / peak
-        traffic = slices * 6 * size / links
+        traffic = slices * 12 * size / links
         sampling = LENGTH * 2 * size / memory
         print(
           f'| {shape} | {chips} {kind} | {products:.2f} s | {traffic:.2f} s |'
@@ -167,7 +168,7 @@ def paper() -> None:
         )
   print('tokens of a chip and slice at which products take as long as traffic:')
   for kind, (peak, _, links) in CHIPS.items():
-    print(f'{kind}: {6 * peak / (8 * links):.0f}')
+    print(f'{kind}: {12 * peak / (8 * links):.0f}')
 
 
 def plot(found: dict[str, dict[int, float]]) -> None:
