@@ -284,7 +284,7 @@ def map_logits(
       fn, lambda h: model.unembed(params, h), *inputs, chunk_size=chunk_size
     )
 
-  figures = sharding.over_rows(figures_of, params, inputs)
+  figures = sharding.over_rows(figures_of, params, inputs, of_parts=True)
   figures = jax.tree.map(whole, figures)
   if isinstance(packing, Packing):
     return jax.tree.map(lambda x: relaid(x, packing.slot), figures)

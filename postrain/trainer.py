@@ -121,7 +121,7 @@ class Trainer:
         if due or stop:
           report.flush()
           workdir.die_at('before_checkpoint', done)
-          carried = self._collector.carried
+          carried = sharding.on_host(self._collector.carried)
           stored = dataclasses.replace(state, carried=carried)
           checkpoints.save(done, stored, wait=False)
           workdir.die_at('after_checkpoint', done)

@@ -239,7 +239,7 @@ def test_cudnn_is_called() -> None:
 
 @pytest.mark.usefixtures('tpu')
 def test_splash_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
   with sharding.on(sharding.make_mesh(data=2, tensor=2)):
     text = lowered(MODEL, 'tpu')
   for phase in ('fwd', 'dq', 'dkv'):

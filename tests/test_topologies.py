@@ -89,7 +89,7 @@ def test_the_text_of_a_tpu():
 def miniature(**mesh):
   config = scaling.get_config('miniature')
   config.model.update(num_layers=1, remat=None, dtype='float32')
-  config.rl.update(num_prompts=8, num_minibatches=1, num_micro_batches=1)
+  config.rl.update(num_prompts=8, num_micro_batches=1, num_score_slices=1)
   config.mesh.update(mesh)
   return config
 

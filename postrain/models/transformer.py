@@ -49,7 +49,12 @@ class Transformer(nn.Module):
     c = self.config
     table, axes = (c.vocab_size, c.model_dim), ('vocab', 'width')
     small = nn.initializers.normal(0.02)  # first logits are close to uniform
-    x = jnp.take(self.weight('embedding', small, table, axes), tokens, axis=0)
+    weight = self.weight('embedding', small, table, axes)
+    # The gradient of all rows is summed where each device looks up its own.
+    x = sharding.over_rows(
+      lambda weight, tokens: jnp.take(weight, tokens, axis=0),
+      weight, (tokens,),
+    )  # fmt: skip
     if c.embedding_scale is not None:
       x *= jnp.asarray(c.embedding_scale, x.dtype)
     if c.position_embedding == 'learned':

@@ -131,8 +131,9 @@ def num_parts() -> int:
 
 
 def over_rows(
-  fn: Callable[..., Any], whole: Any, rows: Sequence[jax.Array]
-) -> Any:
+  fn: Callable[..., Any], whole: Any, rows: Sequence[jax.Array], *,
+  of_parts: bool = False,
+) -> Any:  # fmt: skip
   """Run a function of rows on each device's own; they are all it needs.
 
   The gradient of what all devices have is summed over them once, at the end,
@@ -140,12 +141,16 @@ def over_rows(
 
   Args:
     fn: (whole, *rows) -> a tree of rows.
-    whole: what each device needs all of, along ``BATCH_AXES`` and 'context'.
-    rows: arrays whose leading axis is cut over these.
+    whole: what each device needs all of, along the axes that cut rows.
+    rows: arrays whose leading axis is cut over these; where it cannot be, this
+      is a plain call.
+    of_parts: whether `by_parts` has made them.
   """
+  axes = (*BATCH_AXES, 'context') if of_parts else BATCH_AXES
   mesh = jax.sharding.get_abstract_mesh()
-  axes = (*BATCH_AXES, 'context')
-  if not nn.get_logical_axis_rules() or all(mesh.shape[a] == 1 for a in axes):
+  number = math.prod(mesh.shape.get(a, 1) for a in axes)
+  ruled = nn.get_logical_axis_rules()
+  if not ruled or number == 1 or rows[0].shape[0] % number:
     return fn(whole, *rows)
   cut = PartitionSpec(axes)
   return jax.shard_map(
