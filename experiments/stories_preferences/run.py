@@ -285,7 +285,7 @@ def main() -> None:
   use_cache()
   learnt = learn(flags.directory, flags.workdir, flags)
   results = compare(learnt, flags.samples)
-  rows = metrics.read(flags.workdir / 'reward_model' / 'metrics.jsonl')
+  rows = list(metrics.read(flags.workdir / 'reward_model' / 'metrics.jsonl'))
   results |= {
     'commit': workdir.commit(),
     'pairs': learnt['pairs'],
