@@ -63,11 +63,11 @@ def assemble(config: Any, devices: Sequence[Any] | None = None) -> Assembly:
   if (critic := algorithm.critic) is not None:
     check_vocabulary(critic, environment.vocab_size)
     check_lengths(recipe, environment, critic.max_length)
-  states = States(recipe, actor, algorithm, mesh)
-  evaluator = Evaluator(recipe, actor.model, environment)
-  programs = Programs(recipe, environment, algorithm, states, evaluator)
-  rehearsal = Rehearsal(programs, judges)
   with sharding.on(mesh):
+    states = States(recipe, actor, algorithm, mesh)
+    evaluator = Evaluator(recipe, actor.model, environment)
+    programs = Programs(recipe, environment, algorithm, states, evaluator)
+    rehearsal = Rehearsal(programs, judges)
     rehearsal.check()
   return Assembly(
     recipe, mesh, environment, actor, algorithm, states, evaluator, programs,

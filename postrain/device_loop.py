@@ -18,6 +18,7 @@ from postrain.algorithm import Algorithm, make_algorithm
 from postrain.batches import minibatch_rows
 from postrain.binding import bind
 from postrain.checks import check_assembly
+from postrain.compilation import make_jit
 from postrain.environments import Environment
 from postrain.environments.synthetic import grade
 from postrain.judges import is_reward_model
@@ -67,7 +68,7 @@ def make(config: Any) -> Callable[..., Any]:
   def one(seed: Array, values: dict[str, Array]) -> Any:
     return _loop(_override(config, values), seed)
 
-  compiled = jax.jit(jax.vmap(one))
+  compiled = make_jit()(jax.vmap(one))
 
   def runs(
     seeds: Array, hyperparameters: Mapping[str, Array] | None = None

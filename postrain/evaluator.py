@@ -4,10 +4,10 @@ from collections.abc import Iterator
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 
 from postrain import sharding
+from postrain.compilation import make_jit
 from postrain.environments import Environment
 from postrain.evaluation import pass_at_k
 from postrain.keys import run_key
@@ -38,10 +38,11 @@ class Evaluator:
       stop_ids=environment.stop_ids,
       pad_id=environment.pad_id,
     )
-    self._greedy = jax.jit(
+    jit = make_jit()
+    self._greedy = jit(
       for_sampling(functools.partial(draw, num_samples=1, temperature=0))
     )
-    self._several = jax.jit(
+    self._several = jit(
       for_sampling(
         functools.partial(
           draw,

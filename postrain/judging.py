@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 
 from postrain import sharding
+from postrain.compilation import make_jit
 from postrain.environments import Units, rows_of
 from postrain.evaluation import calibration_error
 from postrain.preferring import Preferring
@@ -28,7 +28,7 @@ class Judging:
     held_out: Callable[[int], Units],
   ):  # fmt: skip
     self._choices, self._held_out = recipe.evaluation, held_out
-    self._judge = jax.jit(preferring.judge)
+    self._judge = make_jit()(preferring.judge)
     self._cached = recipe.preference.ref_logprobs == 'cached'
     self.ref_logprobs: np.ndarray | None = None
 

@@ -12,6 +12,7 @@ import numpy as np
 from postrain import sharding
 from postrain.algorithm import Algorithm
 from postrain.batches import minibatch_rows
+from postrain.compilation import make_jit
 from postrain.environments import Environment, Units
 from postrain.evaluator import Evaluator
 from postrain.judging import Judging
@@ -58,16 +59,17 @@ class Programs:
     def prepare(kl_coef: Any, *rest: Any) -> tuple:
       return algorithm.prepare(*rest, kl_coef=kl_coef)
 
-    self.jit_prepare = jax.jit(
+    jit = make_jit()
+    self.jit_prepare = jit(
       self._to_leaves(packed('prepare', prepare)),
       out_shardings=(rows, same, None),
     )
-    self.jit_update = jax.jit(
+    self.jit_update = jit(
       self._from_leaves(packed('update', algorithm.update)),
       donate_argnums=0,
       out_shardings=(apart(online)[0], same),
     )
-    self.jit_imitate = jax.jit(
+    self.jit_imitate = jit(
       packed('imitate', algorithm.imitate),
       donate_argnums=0,
       out_shardings=(supervised, same),
@@ -77,31 +79,30 @@ class Programs:
       self._make_preferring(algorithm.preferring, algorithm.write)
     self.move_reference = algorithm.move_reference
     if recipe.reference.update != 'frozen':
-      self.move_reference = jax.jit(
+      self.move_reference = jit(
         algorithm.move_reference, out_shardings=online.ref_params
       )
-    self.control: Any = algorithm.control and jax.jit(
+    self.control: Any = algorithm.control and jit(
       algorithm.control, out_shardings=same
     )
-    self.informative = jax.jit(informative_groups)
-    self.minibatches = jax.jit(
+    self.informative, self.merge = jit(informative_groups), jit(_merge)
+    self.minibatches = jit(
       functools.partial(_minibatches, recipe), out_shardings=same
     )
-    self.merge = jax.jit(_merge)
 
   def _make_preferring(
     self, preferring: Preferring, write: Callable[..., Samples] | None
   ) -> None:
-    mesh, recipe = self.states.mesh, self.recipe
+    jit, mesh, recipe = make_jit(), self.states.mesh, self.recipe
     changed, _ = apart(sharding.of(self.shapes.preferring))
-    self.jit_prefer: Any = jax.jit(
+    self.jit_prefer: Any = jit(
       preferring.prefer,
       donate_argnums=0,
       out_shardings=(changed, sharding.replicated(mesh)),
     )
     self.write = _sampler(write)
-    self.refer = jax.jit(preferring.refer)
-    self.refresh: Any = jax.jit(
+    self.refer = jit(preferring.refer)
+    self.refresh: Any = jit(
       lambda params: jax.tree.map(jnp.copy, params['actor']),
       out_shardings=sharding.of(self.shapes.preferring.ref_params),
     )
@@ -199,7 +200,7 @@ def apart(state: TrainState) -> tuple[TrainState, Any]:
 
 
 def _sampler(fn: Callable | None) -> Any:
-  return fn and jax.jit(sharding.for_sampling(fn))
+  return fn and make_jit()(sharding.for_sampling(fn))
 
 
 def _minibatches(

@@ -12,6 +12,7 @@ from postrain import sharding
 from postrain.actors import Actor
 from postrain.adapted import trainable
 from postrain.algorithm import Algorithm
+from postrain.compilation import make_jit
 from postrain.keys import run_key
 from postrain.recipe import Recipe
 from postrain.types import Carried, Model, Params, Samples, TrainState
@@ -89,7 +90,7 @@ class States:
 
     state = self.abstract(step)
     placed = sharding.of((state.opt_state, state.ref_params))
-    return jax.jit(begin, out_shardings=placed)
+    return make_jit()(begin, out_shardings=placed)
 
   @functools.cached_property
   def begin(self) -> Any:
@@ -116,7 +117,7 @@ class States:
     if critic is not None and critic.begin is not None:
       made = state.params['critic']
     placed = sharding.of((state.opt_state, state.ref_params, made))
-    return jax.jit(begin, out_shardings=placed)
+    return make_jit()(begin, out_shardings=placed)
 
   # What stage the state after so many steps is of.
 
