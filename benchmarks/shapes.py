@@ -11,6 +11,8 @@ from typing import Any
 LEARNING_RATE = 1e-4
 BETA = 0.04  # of the KL in GRPO's loss
 DPO_BETA = 0.1
+PPO_BETA = 0.05  # of the KL in PPO's rewards
+PPO_EPOCHS = 4  # over the whole rollout, an update each
 SGD_RATE = 0.1  # of the steps whose losses are compared
 NUM_BATCHES = 4  # of pairs, which come around again
 REMAT = 'dots_with_no_batch_dims_saveable'
@@ -73,7 +75,7 @@ def run_config(
     shape: one of `SHAPES`.
     folder: of `benchmarks.peers.material.make`.
     job: ``sft`` runs supervised steps, ``dpo`` and ``dpo_sgd`` steps on pairs,
-      all others iterations of GRPO.
+      ``ppo`` iterations with a critic, all others iterations of GRPO.
     micro_batches: slices of an optimiser step, and of scoring.
   """
   from configs import base
@@ -118,4 +120,24 @@ def run_config(
   config.rl.num_score_slices = micro_batches
   config.rl.optimizer = optimizer
   config.checkpoint.every = steps
+  if job == 'ppo':
+    _with_critic(config, f'{folder}/critic', shape, optimizer)
   return config
+
+
+def _with_critic(
+  config: Any, critic: str, shape: Shape, optimizer: dict[str, Any]
+) -> None:
+  """PPO: a prompt a sample, the KL in the rewards, a network of values."""
+  config.critic.network = dict(name='pretrained', directory=critic, remat=REMAT)
+  config.critic.optimizer = optimizer
+  config.advantage = dict(name='gae', discount=1.0, lambda_=0.95)
+  config.whitening = dict(name='whiten')
+  config.aggregation = dict(name='token_mean')
+  config.kl.update(estimator=dict(name='k1'), loss_coef=None)
+  config.kl.reward_coef = PPO_BETA
+  config.sampling.num_samples = 1
+  config.rl.num_prompts = shape.num_rows
+  config.rl.num_epochs = PPO_EPOCHS
+  config.rl.share_prompts = False
+  config.rl.rescore = True  # the penalty needs log-probs before an update

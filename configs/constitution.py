@@ -5,7 +5,7 @@
 
 Answers of a base policy are criticised and revised by principles, the revisions
 imitated; of two answers of the result a judge prefers one by a principle; a
-reward model learns what it says, and GRPO maximises that and help. See
+reward model learns what it says, and GRPO or PPO maximises that and help. See
 experiments/constitution for what it reaches, over three seeds.
 """
 
@@ -84,8 +84,8 @@ def _preference_model(seed: int, pairs: str) -> ConfigDict:
   return config
 
 
-def _online(seed: int, helpfulness: float) -> ConfigDict:
-  """GRPO against the preference model, and help beside it."""
+def _online(seed: int, helpfulness: float, algorithm: str) -> ConfigDict:
+  """The preference model is maximised, and help beside it."""
   config = _run(seed, '{stages.requests}/train.jsonl')
   config.model = dict(name='pretrained', directory='{stages.supervised}/export')
   config.rewards = dict(
@@ -98,16 +98,37 @@ def _online(seed: int, helpfulness: float) -> ConfigDict:
   config.kl.loss_coef = 0.02
   config.rl.num_iterations = 60
   config.rl.optimizer = base.adamw(learning_rate=1e-3)
+  if algorithm == 'ppo':
+    _with_critic(config)
+  elif algorithm != 'grpo':
+    raise ValueError(f"algorithm={algorithm!r}: choose 'grpo' or 'ppo'")
   return config
 
 
+def _with_critic(config: ConfigDict) -> None:
+  """PPO on as many answers, one of each request, from the same KL term."""
+  config.advantage = dict(name='gae', discount=1.0, lambda_=0.95)
+  config.whitening = dict(name='whiten')
+  config.critic.network = dict(name='copied')
+  config.critic.loss.clip = 4.0  # scores are of this size
+  config.critic.optimizer = base.adamw(learning_rate=2e-3)
+  config.sampling.num_samples = 1
+  config.rl.update(
+    num_prompts=256, num_epochs=2, num_minibatches=2, share_prompts=False
+  )
+
+
 def get_pipeline(
-  seed: int = 0, pairs: str = 'judge', helpfulness: float = 4.0
+  seed: int = 0,
+  pairs: str = 'judge',
+  helpfulness: float = 4.0,
+  algorithm: str = 'grpo',
 ) -> dict[str, ConfigDict]:
   """The stages in order.
 
   ``pairs='revision'`` prefers each revision to what it was made of, in place of
-  what a judge says of two answers.
+  what a judge says of two answers; ``algorithm='ppo'`` has a critic in place of
+  groups.
   """
   trained = '{stages.requests}/train.jsonl'
   principles = dict(principles=PRINCIPLES, seed=seed)
@@ -136,7 +157,7 @@ def get_pipeline(
   stages['preference_model'] = _preference_model(
     seed, f'{{stages.{source}}}/pairs.jsonl'
   )
-  stages['online'] = _online(seed, helpfulness)
+  stages['online'] = _online(seed, helpfulness, algorithm)
   stages['report'] = dict(
     program=f'{STAGES}:report', requests='{stages.requests}/held_out.jsonl',
     models={

@@ -2,15 +2,16 @@
 
 A block ``dict(name='reward_model', directory=..., weight=...)`` among the
 rewards of a config stands beside those of the environment, of texts or of a
-task. Its parameters are an argument of one program, which is compiled for rows
-of one shape; completions are cut and padded to it.
+task; with ``directories`` in place of ``directory`` several models give one
+reward. Parameters are an argument of one program, which is compiled for rows of
+one shape; completions are cut and padded to it.
 """
 
 from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ import numpy as np
 from postrain import environments, hub, sharding, tokenizers
 from postrain.binding import bind, check_arguments
 from postrain.environments import Environment
-from postrain.models.transformer import transformer
+from postrain.models.transformer import Config, transformer
 from postrain.recipe import Recipe
-from postrain.reward_models import completion_scores
+from postrain.reward_models import completion_scores, ensemble
 from postrain.rollouts import fetched
 from postrain.types import Prompts, Samples
 
@@ -35,15 +36,21 @@ class Choices:
   Attributes:
     name: 'reward_model'.
     directory: of a ``...ForSequenceClassification``, see `postrain.hub`.
+    directories: of several, in its place.
     weight: in the sum that trains; 0 to be measured alone.
+    aggregate: of several, see `postrain.reward_models.ensemble`.
+    coef: likewise.
     dtype: of parameters and activations.
-    num_demonstrations: whose mean score is taken from every score, so that
-      demonstrations have a mean of 0; 0 for none.
+    num_demonstrations: whose mean score is taken from every score of a model,
+      so that demonstrations have a mean of 0 by each; 0 for none.
   """
 
   name: str
-  directory: str
   weight: float
+  directory: str | None = None
+  directories: tuple[str, ...] = ()
+  aggregate: Literal['mean', 'min', 'lower'] = 'mean'
+  coef: float = 1.0
   dtype: str = 'float32'
   num_demonstrations: int = 0
 
@@ -95,7 +102,7 @@ def is_reward_model(block: Any) -> bool:
 
 
 class Judge:
-  """A frozen reward model that scores completions behind their prompts.
+  """Frozen reward models that score completions behind their prompts.
 
   Args:
     where: the block in the config, for errors.
@@ -115,18 +122,24 @@ class Judge:
     check_arguments(Choices, block, where)
     self.choices = choices = Choices(**block)
     self.environment, self.mesh = environment, mesh
-    self._opened = hub.open(
-      choices.directory, dtype=choices.dtype, head='sequence_labels'
+    _check_choices(where, choices)
+    self._opened = {
+      path: hub.open(path, dtype=choices.dtype, head='sequence_labels')
+      for path in choices.directories or [str(choices.directory)]
+    }
+    self.models = tuple(
+      transformer(opened.config) for opened in self._opened.values()
     )
-    self.model = transformer(self._opened.config)
     length = environment.prompt_length + recipe.sampling.max_new_tokens
     if choices.num_demonstrations:
       length = max(length, environment.demonstration_length)
     rows = recipe.rl.num_prompts * recipe.sampling.num_samples
     self._shape = rows // recipe.sampling.num_parts, length
-    self._check(where)
-    score = functools.partial(completion_scores, self.model)
-    self.program = jax.jit(score, out_shardings=sharding.replicated(mesh))
+    for directory, opened in self._opened.items():
+      self._check(where, directory, opened.config)
+    self.program = jax.jit(
+      self._completion_scores, out_shardings=sharding.replicated(mesh)
+    )
 
   def __call__(self, prompts: Prompts, samples: Samples) -> Any:
     """Scores under way: a function that waits for them, of [B]."""
@@ -139,8 +152,8 @@ class Judge:
         (prompts.mask, samples.mask),
       )
     )
-    pieces = list(self._dispatched(tokens, valid))
-    return lambda: _joined(pieces, len(tokens)) - self._mean
+    pieces = list(self._dispatched(tokens, valid, self._means))
+    return lambda: _joined(pieces, len(tokens))[0]
 
   def traced(self) -> Any:
     """The program, traced on the shapes of what it takes."""
@@ -149,34 +162,57 @@ class Judge:
       jax.ShapeDtypeStruct(self._shape, dtype, sharding=rows)
       for dtype in (jnp.int32, bool)
     )
-    return self.program.trace(self.abstract, *arrays)
+    return self.program.trace(self.abstract, self._zeros, *arrays)
 
   @functools.cached_property
   def abstract(self) -> Any:
-    """Its parameters as shapes with shardings."""
-    return sharding.abstract(self.model.shapes, self._shardings)
+    """Parameters of each model as shapes with shardings."""
+    return tuple(
+      sharding.abstract(model.shapes, placed)
+      for model, placed in zip(self.models, self._shardings, strict=True)
+    )
 
   @functools.cached_property
   def params(self) -> Any:
-    """Its parameters, read when they are first asked for."""
-    return hub.read(self._opened, self._shardings)
+    """Parameters of each model, read when they are first asked for."""
+    return tuple(map(hub.read, self._opened.values(), self._shardings))
 
   @property
-  def _shardings(self) -> Any:
-    return sharding.param_shardings(self.mesh, self.model)
+  def _shardings(self) -> list[Any]:
+    return [sharding.param_shardings(self.mesh, m) for m in self.models]
+
+  def _completion_scores(
+    self, params: Any, means: Any, tokens: Any, valid: Any
+  ) -> tuple[Any, Any]:
+    """The reward of rows, and what each model says of them [M N]."""
+    scores = jnp.stack([
+      completion_scores(model, own, tokens, valid)
+      for model, own in zip(self.models, params, strict=True)
+    ])  # fmt: skip
+    choices = self.choices
+    reward = ensemble(
+      scores - means[:, None], aggregate=choices.aggregate, coef=choices.coef
+    )
+    return reward, scores
+
+  @property
+  def _zeros(self) -> np.ndarray:
+    return np.zeros(len(self.models), np.float32)
 
   @functools.cached_property
-  def _mean(self) -> np.float32:
-    """The mean score of demonstrations, 0 if none are asked for."""
+  def _means(self) -> np.ndarray:
+    """Mean scores of demonstrations by each, 0 if none are asked for."""
     number = self.choices.num_demonstrations
     if not number:
-      return np.float32(0)
+      return self._zeros
     draw: Any = self.environment.demonstrations  # there are some, says _check
     tokens, valid, _ = map(np.asarray, draw(0, number, None))
-    pieces = list(self._dispatched(tokens, valid))
-    return np.mean(_joined(pieces, number), dtype=np.float32)
+    pieces = list(self._dispatched(tokens, valid, self._zeros))
+    return np.asarray(_joined(pieces, number)[1].mean(axis=1), np.float32)
 
-  def _dispatched(self, tokens: Any, valid: Any) -> Iterator[Any]:
+  def _dispatched(
+    self, tokens: Any, valid: Any, means: np.ndarray
+  ) -> Iterator[Any]:
     """Scores of rows, as many at once as the program was compiled for."""
     size, length = self._shape
     more = -len(tokens) % size, length - tokens.shape[1]
@@ -184,28 +220,28 @@ class Judge:
     arrays = [np.pad(x, widths) for x in (np.int32(tokens), valid)]
     for start in range(0, len(arrays[0]), size):
       piece = [x[start : start + size] for x in arrays]
-      yield self.program(self.params, *sharding.put_rows(self.mesh, piece))
+      rows = sharding.put_rows(self.mesh, piece)
+      yield self.program(self.params, means, *rows)
 
-  def _check(self, where: str) -> None:
+  def _check(self, where: str, directory: str, config: Config) -> None:
     """Refuse a model of other tokens, or without a single score."""
-    config, choices = self._opened.config, self.choices
-    environment = self.environment
+    choices, environment = self.choices, self.environment
     if config.num_labels > 2:
       raise ValueError(
-        f'{where}: {choices.directory} has num_labels={config.num_labels}, no'
+        f'{where}: {directory} has num_labels={config.num_labels}, no'
         ' single score: take a reward model of one label, or of two'
       )
     if environment.vocab_size > config.vocab_size:
       raise ValueError(
         f'{where}: the tokenizer has {environment.vocab_size} ids, the'
-        f' embedding of the reward model {config.vocab_size} rows: take a'
-        ' reward model of the same tokenizer'
+        f' embedding of the reward model {config.vocab_size} rows in'
+        f' {directory}: take a reward model of the same tokenizer'
       )
     if self._shape[1] > config.max_length:
       raise ValueError(
         f'{where}: a prompt with its completion has up to {self._shape[1]}'
-        f' tokens, the reward model {config.max_length} positions: shorten'
-        ' prompts or completions'
+        f' tokens, the reward model {config.max_length} positions in'
+        f' {directory}: shorten prompts or completions'
       )
     if choices.num_demonstrations < 0 or (
       choices.num_demonstrations and environment.demonstrations is None
@@ -214,18 +250,42 @@ class Judge:
         f'{where}: num_demonstrations={choices.num_demonstrations}, but the'
         ' environment has none: name their field, or set it to 0'
       )
-    own, theirs = environment.tokenizer, choices.directory
+    own = environment.tokenizer
     if own is None or not os.path.exists(
-      os.path.join(theirs, 'tokenizer.json')
+      os.path.join(directory, 'tokenizer.json')
     ):
       return
-    if tokenizers.load(theirs).get_vocab() != own.get_vocab():
+    if tokenizers.load(directory).get_vocab() != own.get_vocab():
       raise ValueError(
-        f'{where}: the tokenizer of {theirs} is another than that of the'
+        f'{where}: the tokenizer of {directory} is another than that of the'
         ' environment, so that ids would mean other texts: take a reward model'
         ' of the same tokenizer'
       )
 
 
-def _joined(pieces: list[Any], number: int) -> np.ndarray:
-  return np.concatenate(jax.device_get(pieces))[:number]
+def _check_choices(where: str, choices: Choices) -> None:
+  """Refuse a block that names no model, or several without need.
+
+  Raises:
+    ValueError: names the fields and what they may be.
+  """
+  paths = choices.directories
+  if (choices.directory is None) == (not paths) or len({*paths}) < len(paths):
+    raise ValueError(
+      f'{where}: directory={choices.directory!r} with directories={paths!r}:'
+      ' name one reward model by directory, or several, each once, by'
+      ' directories'
+    )
+  if choices.coef < 0:
+    raise ValueError(
+      f'{where}: coef={choices.coef}, it must be at least 0: what is taken off'
+      ' where models disagree'
+    )
+
+
+def _joined(pieces: list[Any], number: int) -> list[np.ndarray]:
+  """Rewards and scores of so many rows."""
+  return [
+    np.concatenate(parts, axis=-1)[..., :number]
+    for parts in zip(*jax.device_get(pieces), strict=True)
+  ]

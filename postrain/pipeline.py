@@ -192,6 +192,8 @@ def config_identity(config: dict[str, Any]) -> str:
   """SHA-256 of what a config says, and of what is in the files it names."""
 
   def content(text: str) -> str:
+    if os.path.basename(os.path.normpath(text)) in ('', '.', '..'):
+      return text  # a full stop, say, is a text
     if os.path.isfile(text):
       return f'file:{_digest(text)}'
     if os.path.isdir(text):

@@ -34,7 +34,7 @@ LAYERS = (
     *('actors', 'algorithm', 'assembly', 'binding', 'checks', 'collection'),
     *('compilation', 'control', 'critics', 'judges'),
     *('device_loop', 'drawing', 'programs'),
-    *('environments', 'evaluator', 'exam', 'grading', 'policies'),
+    *('environments', 'evaluator', 'exam', 'grading', 'labelling', 'policies'),
     'feedback',
     'judging',
     *('packing', 'pairing', 'pipeline', 'preference_checks', 'preferring'),

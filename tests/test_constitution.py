@@ -93,9 +93,13 @@ def test_help_is_the_share_of_what_was_asked_for() -> None:
   assert found == pytest.approx([1, 1 / 3, 0])
 
 
-@pytest.mark.parametrize('pairs', ['judge', 'revision'])
-def test_the_stages_are_recipes(pairs: str, tmp_path: pathlib.Path) -> None:
-  made = config.get_pipeline(pairs=pairs)
+@pytest.mark.parametrize(
+  ('pairs', 'algorithm'), [('judge', 'ppo'), ('revision', 'grpo')]
+)
+def test_the_stages_are_recipes(
+  pairs: str, algorithm: str, tmp_path: pathlib.Path
+) -> None:
+  made = config.get_pipeline(pairs=pairs, algorithm=algorithm)
   planned = pipeline.plan(
     [pipeline.Stage(*item) for item in made.items()], str(tmp_path)
   )
@@ -103,9 +107,11 @@ def test_the_stages_are_recipes(pairs: str, tmp_path: pathlib.Path) -> None:
   assert planned[-1].name == 'report'
 
 
-def test_other_pairs_are_refused() -> None:
+def test_other_choices_are_refused() -> None:
   with pytest.raises(ValueError, match="pairs='both'"):
     config.get_pipeline(pairs='both')
+  with pytest.raises(ValueError, match="algorithm='rloo'"):
+    config.get_pipeline(algorithm='rloo')
 
 
 def test_m19_in_one_order_a_taste_for_a_position_is_what_is_learnt(

@@ -1,5 +1,6 @@
 """Reward models among the rewards: what they score, and what is refused."""
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -11,27 +12,30 @@ import numpy as np
 import pytest
 import tiny
 
-from postrain import device_loop, hub, tokenizers
+from postrain import device_loop, hub, sharding, tokenizers
 from postrain.compilation import by_role
+from postrain.judges import make_environment
 from postrain.models.config import Config
 from postrain.models.heads import with_labels
 from postrain.models.transformer import transformer
-from postrain.reward_models import completion_scores
+from postrain.recipe import make_recipe
+from postrain.reward_models import completion_scores, ensemble
 from postrain.trainer import Trainer
 from postrain.types import Samples
 
 quick_compiler = tiny.quick_compiler
+SEVERAL = {'directory': None, 'directories': ('model', './model')}
 SHAPE = {k: v for k, v in tiny.transformer().items() if k != 'name'}
 
 
 def written(
   folder: pathlib.Path, vocab_size: int = 9, num_labels: int = 1,
-  tokenizer: Any = None,
+  tokenizer: Any = None, seed: int = 0,
 ) -> tuple[Any, Any]:  # fmt: skip
   """A random reward model in a directory: its functions and parameters."""
   config = Config(vocab_size=vocab_size, **SHAPE)
   shapes = transformer(config).shapes
-  draw = np.random.default_rng(0)
+  draw = np.random.default_rng(seed)
   trunk = jax.tree.map(
     lambda x: np.float32(draw.standard_normal(x.shape)), shapes
   )
@@ -47,9 +51,10 @@ def sorting(folder: pathlib.Path, **fields: Any) -> ConfigDict:
   """The reward model trains, the exact answer is measured beside it."""
   config = tiny.sort()
   config.rewards = dict(
-    judge=dict(
-      name='reward_model', directory=str(folder), weight=2.0, **fields
-    ),
+    judge={
+      **dict(name='reward_model', directory=str(folder), weight=2.0),
+      **fields,
+    },
     exact=dict(name='exact', weight=0.0),
   )
   config.rl.num_iterations = 2
@@ -98,6 +103,36 @@ def test_it_scores_the_completion_behind_its_prompt(judged: tuple) -> None:
   mean = score(jnp.asarray(tokens), jnp.asarray(valid)).mean()
   assert abs(mean) > 1e-2
   np.testing.assert_allclose(found['judge'], raw - mean, atol=1e-5)
+
+
+def test_several_give_one_reward(tmp_path: pathlib.Path) -> None:
+  """Each from its own zero, in pieces that are padded."""
+  models = [written(tmp_path / f'{i}', seed=i) for i in range(2)]
+  block = dict(aggregate='lower', coef=0.5, num_demonstrations=6)
+  paths = [str(tmp_path / f'{i}') for i in range(2)]
+  config = sorting(tmp_path, directory=None, directories=paths, **block)
+  mesh = sharding.make_mesh()
+  environment, _ = make_environment(make_recipe(config), mesh)
+  prompts = environment.held_out(3)
+  tokens = np.random.default_rng(1).integers(5, size=(9, 3), dtype=np.int32)
+  flat = np.zeros(tokens.shape, np.float32)
+  mask = flat == 0
+  with sharding.on(mesh):
+    found = environment.rewards(
+      prompts, Samples(tokens, mask, flat, flat, mask[:, 0])
+    )['judge']
+  rows = [
+    np.concatenate([np.repeat(x, 3, axis=0), y], axis=1)
+    for x, y in ((prompts.tokens, tokens), (prompts.mask, mask))
+  ]
+  shown = environment.demonstrations(0, 6, None)[:2]
+  both = [jnp.array(np.concatenate(x)) for x in zip(rows, shown, strict=True)]
+  score = jax.jit(functools.partial(completion_scores, models[0][0]))
+  scores = np.stack([score(params, *both) for _, params in models])
+  own = scores[:, :9] - scores[:, 9:].mean(axis=1, keepdims=True)
+  assert own.std(axis=0).min() > 1e-2
+  expected = ensemble(jnp.array(own), aggregate='lower', coef=0.5)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_it_trains_what_is_measured_beside_it(judged: tuple) -> None:
@@ -156,7 +191,7 @@ def test_m16_what_is_frozen_keeps_its_bits_and_the_others_move(
 ) -> None:
   trainer, _, (_, params), _, last = judged
   (judge,) = trainer._rehearsal.judges.values()
-  jax.tree.map(np.testing.assert_array_equal, judge.params, params)
+  jax.tree.map(np.testing.assert_array_equal, judge.params, (params,))
   first = trainer._states.fresh()
   jax.tree.map(
     np.testing.assert_array_equal, last.ref_params, first.params['actor']
@@ -180,13 +215,19 @@ def test_it_is_one_program_that_is_compiled_before_the_first_step(
   [(4, 1, {}, 'has 5 ids, the embedding of the reward model 4 rows'),
    (9, 3, {}, 'num_labels=3, no single score'),
    (9, 1, {'dtyp': 'float32'}, "did you mean 'dtype'"),
-   (9, 1, {'num_demonstrations': -1}, 'num_demonstrations=-1')],
+   (9, 1, {'num_demonstrations': -1}, 'num_demonstrations=-1'),
+   (9, 1, {'directories': ('b',)}, r"with directories=\('b',\): name one"),
+   (9, 1, {'directory': None}, r'directory=None with directories=..: name one'),
+   (9, 1, {**SEVERAL, 'coef': -1.0}, 'coef=-1.0, it must be at least 0'),
+   (9, 1, {**SEVERAL, 'aggregate': 'max'}, "aggregate='max' is not of type"),
+   (4, 1, SEVERAL, 'the reward model 4 rows in model: take')],
 )  # fmt: skip
 def test_a_model_that_does_not_fit(
   vocab_size: int, num_labels: int, fields: dict, message: str,
-  tmp_path: pathlib.Path,
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
   written(tmp_path / 'model', vocab_size, num_labels)
+  monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match=f'rewards.judge.*{message}'):
     Trainer(sorting(tmp_path / 'model', **fields), str(tmp_path / 'run'))
 

@@ -24,9 +24,11 @@ def told(**changes):
 
 
 def test_sides_that_agree_are_told_how_well():
-  near = told(logprobs=[-3.00003, -4.0], losses=[0.7, 0.6])
-  gaps = driver.agree('here', {'ours': told(), 'trl': near}, SHAPE)
+  near = told(logprobs=[-3.00003, -4.0], losses=[0.7, 0.6], values=[2.0, 1e-6])
+  ours = told(values=[2.0, 0.0])  # of the largest, for some are next to 0
+  gaps = driver.agree('here', {'ours': ours, 'trl': near}, SHAPE)
   assert gaps['losses'] == 0
+  assert gaps['values'] == pytest.approx(5e-7)
   assert gaps['logprobs'] == pytest.approx(1e-5)
 
 
@@ -37,12 +39,14 @@ def test_sides_that_agree_are_told_how_well():
     (dict(losses=[0.7, 0.61]), r'trl gives losses \[0.7, 0.61\], ours \[0.7'),
     (dict(losses=[0.7, float('nan')]), 'trl gives losses'),
     (dict(losses=[]), 'trl gave no losses'),
+    (dict(values=[2.0, 1e-3]), r'trl gives values \[2.0, 0.001\], ours \[2.0'),
     (dict(tokens=TOKENS - 1), f'trl sampled {TOKENS - 1} tokens, not {TOKENS}'),
   ],
 )
 def test_sides_that_disagree_are_refused(changes, message):
+  ours = told(values=[2.0, 0.0]) if 'values' in changes else told()
   with pytest.raises(ValueError, match=message):
-    driver.agree('here', {'ours': told(), 'trl': told(**changes)}, SHAPE)
+    driver.agree('here', {'ours': ours, 'trl': told(**changes)}, SHAPE)
 
 
 def test_a_missing_interpreter_is_named_with_the_remedy():
@@ -100,14 +104,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  'job', ['grpo', *(pytest.param(j, marks=slow) for j in ('generate', 'sft'))]
+  'job',
+  ['grpo', *(pytest.param(j, marks=slow) for j in ('generate', 'ppo', 'sft'))],
 )
 def test_our_side_answers(job, folder, tmp_path, monkeypatch):
   """The trainer itself, and its sampler."""
   ready, *steps = answers(job, 3, folder, tmp_path, monkeypatch)
   assert len(ready['logprobs']) == SHAPE.num_rows
   assert ready['versions']['jax']
-  if job in ('generate', 'grpo'):
+  assert ('values' in ready) == (job == 'ppo')
+  if job in ('generate', 'grpo', 'ppo'):
     assert steps[-1]['tokens'] == TOKENS
   else:
     first, second, third = steps[-1]['losses']

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PEERS = {
   'generate': ('hf', 'tunix'),
   'grpo': ('trl', 'tunix'),
+  'ppo': ('trl', 'tunix'),
   'dpo': ('trl',),
   'sft': ('trl',),
 }
@@ -110,8 +111,8 @@ def agree(
 
   Args:
     where: for the message.
-    found: of each side ``logprobs``, and ``losses``, ``chosen_logprobs`` or
-      ``tokens`` as the job has them.
+    found: of each side ``logprobs``, and ``values``, ``losses``,
+      ``chosen_logprobs`` or ``tokens`` as the job has them.
     shape: tells how many tokens there must be.
     steps: whose losses must agree; those of later ones drift apart.
 
@@ -127,19 +128,22 @@ def agree(
         f'{where}: {side} sampled {answer["tokens"]} tokens, not {expected}:'
         ' its completions are not of full length; nothing is timed'
       )
-  for name in ('logprobs', 'chosen_logprobs', 'losses'):
+  for name in ('logprobs', 'values', 'chosen_logprobs', 'losses'):
     right = found[first].get(name)
     if not right:
       continue
     for side in others:
       given = found[side].get(name)
       size = min(len(right), len(given or []))
-      if name != 'logprobs':
+      if name in ('chosen_logprobs', 'losses'):
         size = min(size, steps)
       if not size:
         raise ValueError(f'{where}: {side} gave no {name}; nothing is timed')
       a, b = np.array(right[:size]), np.array(given[:size])
-      gap = float(np.max(np.abs(a - b) / np.abs(a)))
+      scale = np.abs(a)
+      if name == 'values':  # some are next to 0
+        scale = scale.max()
+      gap = float(np.max(np.abs(a - b) / scale))
       gaps[name] = max(gap, gaps.get(name, 0.0))
       if not gap <= TOLERANCE:
         raise ValueError(

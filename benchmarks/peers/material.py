@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.shapes import EOS, NUM_BATCHES, PAD, Shape
 from postrain import hub
 from postrain.models.config import Config
+from postrain.models.heads import with_labels
 from postrain.models.transformer import transformer
 
 
@@ -17,13 +18,21 @@ def make(folder: str | os.PathLike[str], shape: Shape) -> None:
   """Write weights, tokenizer, demonstrations and pairs of a shape.
 
   The weights are those of every side, in the files that each reads by its own
-  loader. A demonstration gets its last token, the end, from each side.
+  loader; ``critic`` has the same trunk with a random head of one value. A
+  demonstration gets its last token, the end, from each side.
   """
   config = Config(**shape.model())
   params = jax.jit(transformer(config).init)(jax.random.key(0))
   hub.save(
     folder, config, params, source={'pad_token_id': PAD},
     tokenizer=_tokenizer(shape.vocab_size),
+  )  # fmt: skip
+  labelled, valued = with_labels(config, params)
+  head = np.random.default_rng(1).standard_normal(valued['score'].shape)
+  valued['score'] = np.float32(head / shape.model_dim**0.5)
+  hub.save(
+    os.path.join(folder, 'critic'), labelled, valued,
+    source={'pad_token_id': PAD},
   )  # fmt: skip
   draw = np.random.default_rng(0)
 

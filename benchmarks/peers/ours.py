@@ -22,6 +22,7 @@ from postrain.environments.record import rows_of
 from postrain.keys import run_key
 from postrain.scoring import score
 from postrain.trainer import Trainer
+from postrain.values import token_values
 
 CHOSEN = 'preference/chosen_logprob'
 
@@ -104,7 +105,7 @@ def _written() -> dict[str, Any]:
     if name.startswith('seconds/') and name != 'seconds/total'
   }
   told = {'phases': found}
-  if given.job not in ('generate', 'grpo'):
+  if given.job in ('dpo', protocol.TRAJECTORY, 'sft'):
     rows = _lines(given.workdir, 'metrics')
     told['losses'] = [row['loss'] for row in rows]
     if given.job != 'sft':
@@ -126,13 +127,29 @@ def initial(trainer: Trainer) -> Any:
   return trainer.actor.init(run_key(0, 'init'), shardings)
 
 
-def sequence_logprobs(trainer: Trainer, folder: str) -> list[float]:
+def checked(folder: str) -> tuple[Any, Any, Any]:
+  """Sequences that every side is asked about: tokens, valid, mask."""
   prompts, completions = protocol.checked(folder)
   tokens = jnp.asarray(np.concatenate([prompts, completions], axis=1))
   valid = jnp.ones_like(tokens, bool)
-  mask = valid.at[:, : len(prompts[0])].set(False)
-  fn = jax.jit(lambda p: score(trainer.actor.model, p, tokens, valid, mask))
+  return tokens, valid, valid.at[:, : len(prompts[0])].set(False)
+
+
+def sequence_logprobs(trainer: Trainer, folder: str) -> list[float]:
+  rows = checked(folder)
+  fn = jax.jit(lambda p: score(trainer.actor.model, p, *rows))
   return fn(initial(trainer)).logprobs.sum(-1).tolist()
+
+
+def values(trainer: Trainer, folder: str) -> dict[str, list[float]]:
+  """Of the critic for the same tokens, where there is one."""
+  critic: Any = trainer.algorithm.critic
+  if critic is None:
+    return {}
+  tokens, valid, mask = checked(folder)
+  params = critic.read(sharding.param_shardings(trainer.mesh, critic.model))
+  fn = jax.jit(lambda p: token_values(critic.model, p, tokens, valid, mask))
+  return {'values': fn(params)[mask].tolist()}
 
 
 def generate(trainer: Trainer, given: Any) -> None:
@@ -179,7 +196,8 @@ def main() -> None:
   trainer = Trainer(config, given.workdir)
   with sharding.on(trainer.mesh):
     logprobs = sequence_logprobs(trainer, given.folder)
-    session.answer(versions=found, logprobs=logprobs)
+    more = values(trainer, given.folder)
+    session.answer(versions=found, logprobs=logprobs, **more)
     if given.job == 'generate':
       generate(trainer, given)
   trainer.run()

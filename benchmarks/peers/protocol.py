@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.shapes import EOS, SHAPES
 
-JOBS = ('generate', 'grpo', 'dpo', 'sft')
+JOBS = ('generate', 'grpo', 'ppo', 'dpo', 'sft')
 TRAJECTORY = 'dpo_sgd'  # compared, not timed
 NUM_CHECKED = 8  # sequences whose log-probs are compared
 

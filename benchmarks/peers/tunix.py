@@ -1,6 +1,7 @@
-"""Tunix's side: its sampler and its learner of GRPO."""
+"""Tunix's side: its sampler and its learners of GRPO and PPO."""
 
 from collections.abc import Iterator
+import dataclasses
 import json
 import os
 from typing import Any
@@ -10,16 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.numpy
 from transformers import PreTrainedTokenizerFast
 from tunix.generate import sampler
 from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen2 import params
 from tunix.rl import common, rl_cluster
 from tunix.rl.grpo import grpo_learner
+from tunix.rl.ppo import ppo_learner
 from tunix.rl.rollout import base_rollout
 
 from benchmarks.peers import protocol
-from benchmarks.shapes import BETA, EOS, LEARNING_RATE, PAD
+from benchmarks.shapes import (
+  BETA,
+  EOS,
+  LEARNING_RATE,
+  PAD,
+  PPO_BETA,
+  PPO_EPOCHS,
+)  # fmt: skip
 
 tokens = {}
 
@@ -50,6 +60,31 @@ def load(folder: str, mesh: Any) -> Any:
   return config, params.create_model_from_safe_tensors(
     folder, config, mesh, dtype=jnp.float32
   )
+
+
+def load_critic(folder: str, mesh: Any) -> Any:
+  """The same trunk with the head of values of its own directory.
+
+  As `tunix.rl.utils.create_critic_model` makes one, which knows no model whose
+  embedding is its head.
+  """
+  config, model = load(folder, mesh)
+  path = os.path.join(folder, 'critic', 'model.safetensors')
+  score = safetensors.numpy.load_file(path)['score.weight']
+  model.config = dataclasses.replace(config, use_tied_embedding=False)
+  model.lm_head = nnx.Linear(
+    config.embed_dim, 1, use_bias=False, rngs=nnx.Rngs(0)
+  )
+  model.lm_head.kernel.set_value(jnp.asarray(score.T))
+  return model
+
+
+def values(critic: Any, folder: str) -> list[float]:
+  prompts, completions = map(jnp.array, protocol.checked(folder))
+  found = common.compute_score(
+    critic, prompts, completions, pad_id=PAD, eos_id=EOS
+  )
+  return found[:, prompts.shape[1] - 1 : -1].reshape(-1).tolist()
 
 
 def sequence_logprobs(model: Any, folder: str) -> list[float]:
@@ -83,7 +118,7 @@ def generate(given: Any, config: Any, model: Any, tokenizer: Any) -> None:
 def batches(given: Any, model: Any) -> Iterator[dict[str, Any]]:
   """Prompts of a step, asked for where the step before is done."""
   prompts = [r['prompt'] for r in protocol.rows(given.folder, 'demonstrations')]
-  size, step = given.shape.num_prompts, 0
+  size, step = prompts_of(given), 0
   while True:
     if step:
       jax.block_until_ready(nnx.state(model))
@@ -93,21 +128,28 @@ def batches(given: Any, model: Any) -> Iterator[dict[str, Any]]:
     step += 1
 
 
-def grpo(given: Any, mesh: Any, model: Any, tokenizer: Any) -> None:
+def prompts_of(given: Any) -> int:
+  """A step of PPO has a prompt for every completion."""
+  shape = given.shape
+  return shape.num_rows if given.job == 'ppo' else shape.num_prompts
+
+
+def learn(
+  given: Any, mesh: Any, model: Any, critic: Any, tokenizer: Any
+) -> None:
   shape = given.shape
   _, reference = load(given.folder, mesh)
-  micro = shape.num_prompts // given.micro_batches
+  size = prompts_of(given)
+  micro = size // given.micro_batches
   role = rl_cluster.Role
   training = rl_cluster.RLTrainingConfig(
-    actor_optimizer=optax.chain(
-      optax.clip_by_global_norm(1.0),
-      optax.adam(LEARNING_RATE),
-    ),
+    actor_optimizer=optimizer(),
+    critic_optimizer=optimizer() if critic else None,
     eval_every_n_steps=100_000,
     max_steps=100_000,
-    mini_batch_size=shape.num_prompts,
+    mini_batch_size=size,
     train_micro_batch_size=micro,
-    rollout_micro_batch_size=shape.num_prompts,
+    rollout_micro_batch_size=size,
     compute_logps_micro_batch_size=micro,
   )
   rollout = base_rollout.RolloutConfig(
@@ -121,22 +163,35 @@ def grpo(given: Any, mesh: Any, model: Any, tokenizer: Any) -> None:
   cluster = rl_cluster.RLCluster(
     actor=model,
     reference=reference,
+    critic=critic,
     tokenizer=tokenizer,
     cluster_config=rl_cluster.ClusterConfig(
-      role_to_mesh=dict.fromkeys((role.ACTOR, role.REFERENCE, role.ROLLOUT),
-                                 mesh),
+      role_to_mesh=dict.fromkeys(role, mesh),
       training_config=training,
       rollout_config=rollout,
     ),
   )  # fmt: skip
-  learner = grpo_learner.GRPOLearner(
-    cluster,
-    grpo_learner.GRPOConfig(
-      num_generations=shape.num_samples, beta=BETA, kl_loss_mode='low_var_kl'
-    ),
-    even,
-  )
+  if critic:
+    learner = ppo_learner.PPOLearner(
+      cluster,
+      ppo_learner.PPOConfig(
+        num_iterations=PPO_EPOCHS, beta=PPO_BETA, kl_method='kl'
+      ),
+      even,
+    )
+  else:
+    learner = grpo_learner.GRPOLearner(
+      cluster,
+      grpo_learner.GRPOConfig(
+        num_generations=shape.num_samples, beta=BETA, kl_loss_mode='low_var_kl'
+      ),
+      even,
+    )
   learner.train(batches(given, cluster.actor_trainer.model))
+
+
+def optimizer() -> optax.GradientTransformation:
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE))
 
 
 def main() -> None:
@@ -146,13 +201,18 @@ def main() -> None:
   tokenizer = PreTrainedTokenizerFast.from_pretrained(given.folder)
   with jax.set_mesh(mesh):
     config, model = load(given.folder, mesh)
+    told = dict(logprobs=sequence_logprobs(model, given.folder))
+    critic = None
+    if given.job == 'ppo':
+      critic = load_critic(given.folder, mesh)
+      told['values'] = values(critic, given.folder)
     session.answer(
       versions=protocol.versions('jax', 'jaxlib', 'flax', 'google-tunix'),
-      logprobs=sequence_logprobs(model, given.folder),
+      **told,
     )
     if given.job == 'generate':
       generate(given, config, model, tokenizer)
-    grpo(given, mesh, model, tokenizer)
+    learn(given, mesh, model, critic, tokenizer)
 
 
 if __name__ == '__main__':

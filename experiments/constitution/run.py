@@ -5,8 +5,9 @@
 
 The first runs the stages of configs/constitution.py with each seed (started
 again, it continues), --part=unhelped trains once more without a term for help,
-and --part=noise judges with noise and with a taste for a position. Each prints
-a table, and writes PART.json and PART.png.
+--part=ppo with a critic in place of groups, and --part=noise judges with noise
+and with a taste for a position. Each prints a table, and writes PART.json and
+PART.png.
 """
 
 import argparse
@@ -39,6 +40,12 @@ def unhelped(path: pathlib.Path, seeds: range) -> dict[str, Any]:
   """The last model where nothing pays for help; all before it is shared."""
   reports = [_report(path, seed, helpfulness=0.0) for seed in seeds]
   return {'models': {'online, no help': [r['online'] for r in reports]}}
+
+
+def critics(path: pathlib.Path, seeds: range) -> dict[str, Any]:
+  """The last model by PPO with a critic; all before it is shared."""
+  reports = [_report(path, seed, algorithm='ppo') for seed in seeds]
+  return {'models': {'online, PPO': [r['online'] for r in reports]}}
 
 
 def _report(path: pathlib.Path, seed: int, **choices: Any) -> dict[str, Any]:
@@ -117,6 +124,7 @@ def noises(path: pathlib.Path, seeds: range) -> dict[str, Any]:
 PARTS = {
   'pipeline': (stages, table_of_stages, draw_stages),
   'unhelped': (unhelped, table_of_stages, draw_stages),
+  'ppo': (critics, table_of_stages, draw_stages),
   'noise': (noises, table_of_noise, draw_noise),
 }
 

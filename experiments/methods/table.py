@@ -105,7 +105,7 @@ METHODS = {
   61: ('process reward model', 'losses.step_correctness'
        ' losses.monte_carlo_labels losses.until_first_error'
        ' reward_models.step_ends reward_models.step_objective'
-       ' step_labels.rollouts_after_steps'),
+       ' step_labels.rollouts_after_steps labelling.label_steps'),
   62: ('aggregates of steps', 'losses.step_score'),
   63: ('difference rewards', 'shaping.difference_rewards'),
   64: ('language and mixtures', 'shaping.language_consistency'
