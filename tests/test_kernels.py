@@ -293,5 +293,5 @@ def test_rows_cut_over_devices_have_no_kernel() -> None:
   assert kernels.kernel(auto) == 'splash'
   with sharding.on(sharding.make_mesh(context=2)):
     assert kernels.kernel(auto) == 'xla'
-    with pytest.raises(ValueError, match='one device each, so mesh.context=1'):
+    with pytest.raises(ValueError, match=r'so mesh\.context=1:'):
       transformer(MODEL)

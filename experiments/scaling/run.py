@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 CELLS: tuple[tuple[str, str, dict[str, int]], ...] = (
   ('qwen2.5-0.5b', 'v5e:4x4', {}),
   ('qwen2.5-7b', 'v5e:4x4', {}),
+  ('qwen2.5-7b', 'v5e:4x4', {'tensor': 4}),
   ('qwen2.5-7b', 'v6e:8x8', {}),
   ('qwen2.5-7b', 'v5p:4x4x4', {}),
   ('qwen2.5-7b', 'v5p:4x4x4', {'tensor': 4}),
