@@ -136,10 +136,11 @@ def test_programs_that_the_config_has_not():
     topologies.report(miniature(), jax.devices(), ['prefer'])
 
 
-def test_the_table_of_cells_is_what_their_reports_say(capsys):
-  runpy.run_path(str(tiny.ROOT / 'experiments/scaling/run.py'))['table']()
+@pytest.mark.parametrize('table', ['table', 'weak_table'])
+def test_the_tables_of_the_page_are_those_of_the_files(table, capsys):
+  runpy.run_path(str(tiny.ROOT / 'experiments/scaling/run.py'))[table]()
   page = (tiny.ROOT / 'docs/scaling.md').read_text(encoding='utf-8')
-  remedy = 'run: python experiments/scaling/run.py --part=table'
+  remedy = 'run: python experiments/scaling/run.py --part=table, and weak'
   assert capsys.readouterr().out in page, remedy
 
 

@@ -132,6 +132,12 @@ def weak() -> None:
         sizes = {**others, axis: number // shared}
         done[str(number)] = update(sizes)['traffic']
         path.write_text(json.dumps(found, indent=1) + '\n')
+  plot(weak_table())
+
+
+def weak_table() -> dict[str, dict[int, float]]:
+  """Print what weak.json says, and return bytes by mesh and devices."""
+  found = json.loads((HERE / 'weak.json').read_text())
   sent = {
     label: {int(n): moved({'traffic': kinds}) for n, kinds in done.items()}
     for label, done in found.items()
@@ -144,7 +150,7 @@ def weak() -> None:
       for each in sent.values()
     ]
     print(f'| {number} | ' + ' | '.join(row) + ' |')
-  plot(sent)
+  return sent
 
 
 def update(sizes: dict[str, int]) -> dict[str, Any]:
