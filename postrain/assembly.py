@@ -50,14 +50,15 @@ def assemble(config: Any, devices: Sequence[Any] | None = None) -> Assembly:
   mesh = sharding.make_mesh(devices=devices, **vars(recipe.mesh))
   recipe = recipe.on(mesh.shape)
   environment, judges = make_environment(recipe, mesh)
-  actor = bind(actors, recipe.model)(environment)
-  algorithm = make_algorithm(
-    recipe,
-    actor.model,
-    pad_id=environment.pad_id,
-    stop_ids=environment.stop_ids,
-    prompt_length=environment.prompt_length,
-  )
+  with sharding.on(mesh):  # which attention there is, its devices tell
+    actor = bind(actors, recipe.model)(environment)
+    algorithm = make_algorithm(
+      recipe,
+      actor.model,
+      pad_id=environment.pad_id,
+      stop_ids=environment.stop_ids,
+      prompt_length=environment.prompt_length,
+    )
   check_assembly(recipe, environment, actor.model)
   check_lengths(recipe, environment, actor.max_length)
   if (critic := algorithm.critic) is not None:

@@ -15,7 +15,8 @@ import jax
 from postrain import sharding
 
 # What makes a program smaller, by its kind.
-PARTS = ('a larger sampling.num_parts', 'mesh.data', 'model.dtype=bfloat16')
+# A sampler has gathered its weights over fsdp: tensor alone cuts them.
+PARTS = ('a larger sampling.num_parts', 'mesh.tensor', 'model.dtype=bfloat16')
 SCORES = ('a larger rl.num_score_slices', 'a smaller chunk_size', 'mesh.fsdp')
 WHOLE = ('mesh.fsdp', 'mesh.tensor', 'model.lora')
 REMAT = 'model.remat=nothing_saveable'

@@ -100,6 +100,8 @@ def report(
     for program in programs:
       if not kinds or program.name.partition('[')[0] in kinds:
         figures = weigh(program, limit)
+        if not figures['fits']:
+          figures['remedies'] = program.remedies
         found['programs'][program.name] = figures
         print(line(program, figures), flush=True)
   return found

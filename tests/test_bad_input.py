@@ -61,6 +61,11 @@ FIELDS = [
   ('arithmetic', {'sft.num_examples': 0}, 'sft.num_examples=0'),
   ('sort', {'mesh.data': 3}, 'do not divide over 3 devices'),
   ('sort', {'mesh.data': 16}, 'needs 16 devices, there are 8'),
+  (
+    'arithmetic',
+    {'mesh.context': 2, 'model.attention': 'splash'},
+    "'splash' needs .*, and rows that lie on one device each",
+  ),
   ('sort', {'sampling.num_parts': 3}, 'num_parts=3 does not divide 4'),
   ('sort', {'sampling.num_parts': 0}, 'num_parts=0: it must be at least 1'),
   ('sort', {'mesh.data': 4, 'sampling.num_parts': 2}, 'part of a rollout: 2'),

@@ -284,3 +284,14 @@ def test_what_cannot_be_met_is_refused(
   config = dataclasses.replace(HALF, attention=name, **changes)
   with pytest.raises(ValueError, match=message):
     transformer(config)
+
+
+@pytest.mark.usefixtures('tpu')
+def test_rows_cut_over_devices_have_no_kernel() -> None:
+  """A token attends to those of all parts, and a kernel meets one of them."""
+  auto = dataclasses.replace(MODEL, attention='auto')
+  assert kernels.kernel(auto) == 'splash'
+  with sharding.on(sharding.make_mesh(context=2)):
+    assert kernels.kernel(auto) == 'xla'
+    with pytest.raises(ValueError, match=r'so mesh\.context=1:'):
+      transformer(MODEL)

@@ -9,8 +9,14 @@ plt = pytest.importorskip('matplotlib.pyplot')
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
+SLOW = {'meshes'}  # five compilations; tests/test_meshes.py has the like
 each_notebook = pytest.mark.parametrize(
-  'path', NOTEBOOKS, ids=lambda path: path.stem
+  'path',
+  [
+    pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW))
+    for path in NOTEBOOKS
+  ],
+  ids=lambda path: path.stem,
 )
 
 

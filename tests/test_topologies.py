@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 
@@ -112,6 +113,7 @@ def test_a_missing_constraint_is_caught(monkeypatch, capsys):
   found = topologies.report(config, jax.devices(), ['update'])
   (planted,) = found['programs'].values()
   assert not planted['fits']
+  assert planted['remedies'][0] == 'a larger rl.num_micro_batches'
   assert 'does not fit: try a larger rl.num_micro' in capsys.readouterr().out
 
 
@@ -134,6 +136,14 @@ def test_programs_that_the_config_has_not():
     topologies.report(miniature(), jax.devices(), ['prefer'])
 
 
+@pytest.mark.parametrize('table', ['table', 'weak_table'])
+def test_the_tables_of_the_page_are_those_of_the_files(table, capsys):
+  runpy.run_path(str(tiny.ROOT / 'experiments/scaling/run.py'))[table]()
+  page = (tiny.ROOT / 'docs/scaling.md').read_text(encoding='utf-8')
+  remedy = 'run: python experiments/scaling/run.py --part=table, and weak'
+  assert capsys.readouterr().out in page, remedy
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason='no compiler for TPUs'
@@ -144,6 +154,7 @@ def test_for_a_tpu():
     [
       sys.executable, 'experiments/compile_for.py', '--topology=v5e:2x2',
       '--programs=update', '--config=configs/scaling.py:miniature',
+      '--config.model.attention=splash',
     ],
     cwd=tiny.ROOT, check=True, capture_output=True, text=True,
   )  # fmt: skip

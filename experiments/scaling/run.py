@@ -1,22 +1,24 @@
 """GRPO of published shapes on TPU topologies that are not here: a table.
 
-  python experiments/scaling/run.py --part=cells
+  python experiments/scaling/run.py --part=cells [--only=CELL]
+  python experiments/scaling/run.py --part=table
   python experiments/scaling/run.py --part=weak
   python experiments/scaling/run.py --part=paper
 
 cells: `experiments/compile_for.py` for each row of `CELLS`, with the compiler
-of TPUs (``pip install 'postrain[tpu]'``), to one JSON file each; those that
-exist are not compiled again. weak: the update of the smallest shape, its batch
-growing with the devices, on 1 to 256 virtual ones; bytes that a device sends.
-paper: how long an iteration takes at least, from the tables of the vendor. All
-print a table; weak draws weak.png.
+of TPUs (``pip install 'postrain[tpu]'``), to a file of ``reports`` each; those
+that exist are not compiled again. table: what the files say, as docs/scaling.md
+has it. weak: an update of a small decoder, its batch growing with the devices,
+on 1 to 256 virtual ones: the bytes that a device sends, in weak.json and
+weak.png. paper: how long an iteration takes at least, from the tables of the
+vendor.
 """
 
 import argparse
 import json
 import math
-import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -29,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 CELLS: tuple[tuple[str, str, dict[str, int]], ...] = (
   ('qwen2.5-0.5b', 'v5e:4x4', {}),
   ('qwen2.5-7b', 'v5e:4x4', {}),
+  ('qwen2.5-7b', 'v5e:4x4', {'tensor': 4}),
   ('qwen2.5-7b', 'v6e:8x8', {}),
   ('qwen2.5-7b', 'v5p:4x4x4', {}),
   ('qwen2.5-7b', 'v5p:4x4x4', {'tensor': 4}),
@@ -42,8 +45,13 @@ CELLS: tuple[tuple[str, str, dict[str, int]], ...] = (
 )
 PROMPTS = 256  # of an iteration of the config
 PROGRAMS = ('update', 'sample')
-DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-WEAK = {'data': 'data', 'fsdp': 'fsdp', 'fsdp x tensor=4': 'tensor'}
+DEVICES = (1, 4, 16, 64, 256)
+# Of weak scaling: the axis that grows, and what the others are.
+WEAK: dict[str, tuple[str, dict[str, int]]] = {
+  'data': ('data', {}),
+  'fsdp': ('fsdp', {}),
+  'fsdp x tensor=4': ('fsdp', {'tensor': 4}),
+}
 
 
 def command(shape: str, topology: str, mesh: dict[str, int]) -> list[str]:
@@ -60,41 +68,52 @@ def command(shape: str, topology: str, mesh: dict[str, int]) -> list[str]:
   ]  # fmt: skip
 
 
-def compiled(name: str, line: list[str], env: dict[str, str]) -> dict[str, Any]:
-  """The report of a cell, from its file where there is one."""
-  path = HERE / 'reports' / f'{name}.json'
-  if not path.exists():
-    path.parent.mkdir(exist_ok=True)
-    done = subprocess.run(
-      [sys.executable, *line, f'--out={path}'], cwd=ROOT, check=False,
-      capture_output=True, text=True, env=env,
-    )  # fmt: skip
+def name_of(shape: str, topology: str, mesh: dict[str, int]) -> str:
+  sizes = [f'{axis}{size}' for axis, size in mesh.items()]
+  return '-'.join([shape, topology.replace(':', '-'), *sizes])
+
+
+def cells(only: str | None) -> None:
+  known = {name_of(*cell): command(*cell) for cell in CELLS}
+  if only is not None and only not in known:
+    sys.exit(f'--only={only} is no cell; there are: {", ".join(known)}')
+  (HERE / 'reports').mkdir(exist_ok=True)
+  for name, line in known.items():
+    path = HERE / 'reports' / f'{name}.json'
+    if path.exists() or only not in (None, name):
+      continue
+    print(name, flush=True)
+    # That it does not fit is an answer, and in the file.
+    subprocess.run([sys.executable, *line, f'--out={path}'], cwd=ROOT)
     if not path.exists():
-      sys.exit(f'{" ".join(line)}\n{done.stderr[-2000:]}')
-  return json.loads(path.read_text())
+      sys.exit(f'failed: {" ".join(line)}')
+  table()
 
 
-def cells() -> None:
-  print('| shape | chips | mesh | program | a chip holds | sent a chip | |')
-  print('|' + ' --- |' * 7)
-  for shape, topology, mesh in CELLS:
-    name = '-'.join(
-      [shape, topology.replace(':', '-'), *(f'{k}{v}' for k, v in mesh.items())]
-    )
-    found = compiled(name, command(shape, topology, mesh), dict(os.environ))
+def table() -> None:
+  print('| cell | mesh | program | a chip holds | sent a chip | |')
+  print('|' + ' --- |' * 6)
+  for cell in CELLS:
+    path = HERE / 'reports' / f'{name_of(*cell)}.json'
+    if not path.exists():
+      print(f'| `{path.stem}` | | | | | not compiled |')
+      continue
+    found = json.loads(path.read_text())
     sizes = ' x '.join(f'{k}={v}' for k, v in found['mesh'].items() if v > 1)
     for program, figures in found['programs'].items():
-      held = verdict = sent = ''
-      if 'total' in figures:
-        held = f'{figures["total"] / 2**30:.1f} GiB'
-        sent = f'{moved(figures) / 2**30:.1f} GiB'
-      if not figures['fits']:
-        verdict = 'does not fit'
-      print(
-        f'| {shape} | {topology} | {sizes} | `{program}` | {held} | {sent} |'
-        f' {verdict} |',
-        flush=True,
-      )
+      columns = f'`{path.stem}`', sizes, f'`{program}`', *weighed(figures)
+      print('| ' + ' | '.join(columns) + ' |')
+
+
+def weighed(figures: dict[str, Any]) -> tuple[str, str, str]:
+  """What a chip holds and sends, and by how much that is too much."""
+  if 'total' not in figures:
+    needed, there = re.findall(r'\(([\d.]+)G\)', figures['refused'])
+    return f'over {needed} GiB', '', f'does not fit in {there} GiB'
+  held, sent = (
+    f'{size / 2**30:.1f} GiB' for size in (figures['total'], moved(figures))
+  )
+  return held, sent, '' if figures['fits'] else 'does not fit'
 
 
 def moved(figures: dict[str, Any]) -> float:
@@ -103,31 +122,57 @@ def moved(figures: dict[str, Any]) -> float:
 
 
 def weak() -> None:
-  found: dict[str, dict[int, float]] = {}
-  for label, axis in WEAK.items():
+  path = HERE / 'weak.json'
+  found = json.loads(path.read_text()) if path.exists() else {}
+  for label, (axis, others) in WEAK.items():
     for number in DEVICES:
-      if axis == 'tensor' and number < 4:
-        continue
-      mesh = {'data': 1, 'fsdp': 1, 'tensor': 4 if axis == 'tensor' else 1}
-      mesh['fsdp' if axis == 'tensor' else axis] = number // mesh['tensor']
-      rows = max(number // mesh['tensor'], 1)
-      line = [
-        'experiments/compile_for.py', f'--topology=cpu:{number}',
-        '--config=configs/scaling.py:qwen2.5-0.5b', '--programs=update',
-        *(f'--config.mesh.{k}={v}' for k, v in mesh.items()),
-        f'--config.rl.num_prompts={rows}', '--config.rl.num_micro_batches=1',
-        '--config.rl.num_score_slices=1',
-      ]  # fmt: skip
-      report = compiled(f'weak-{axis}-{number}', line, dict(os.environ))
-      (figures,) = report['programs'].values()
-      found.setdefault(label, {})[number] = moved(figures)
-  print('| devices | ' + ' | '.join(found) + ' |')
-  print('|' + ' --- |' * (1 + len(found)))
+      shared = math.prod(others.values())
+      done = found.setdefault(label, {})
+      if number % shared == 0 and str(number) not in done:
+        sizes = {**others, axis: number // shared}
+        done[str(number)] = update(sizes)['traffic']
+        path.write_text(json.dumps(found, indent=1) + '\n')
+  plot(weak_table())
+
+
+def weak_table() -> dict[str, dict[int, float]]:
+  """Print what weak.json says, and return bytes by mesh and devices."""
+  found = json.loads((HERE / 'weak.json').read_text())
+  sent = {
+    label: {int(n): moved({'traffic': kinds}) for n, kinds in done.items()}
+    for label, done in found.items()
+  }
+  print('| devices | ' + ' | '.join(sent) + ' |')
+  print('|' + ' --- |' * (1 + len(sent)))
   for number in DEVICES:
-    row = [f'{found[k][number] / 1e9:.2f} GB' if number in found[k] else ''
-           for k in found]  # fmt: skip
+    row = [
+      f'{each[number] / 1e6:.1f} MB' if number in each else ''
+      for each in sent.values()
+    ]
     print(f'| {number} | ' + ' | '.join(row) + ' |')
-  plot(found)
+  return sent
+
+
+def update(sizes: dict[str, int]) -> dict[str, Any]:
+  """The report of an update on a mesh, 2 prompts for each that shares rows."""
+  import jax
+
+  from configs import scaling
+  from postrain import topologies
+
+  # Nothing is run: how fast it would be does not matter.
+  jax.config.update('jax_disable_most_optimizations', True)
+  devices = topologies.devices_of(f'cpu:{max(DEVICES)}')
+  config = scaling.get_config('miniature')
+  config.model.dtype = 'float32'  # XLA's CPU fails on sums of bfloat16
+  config.mesh.update({'fsdp': 1, **sizes})
+  config.rl.num_prompts = 2 * sizes.get('data', 1) * sizes.get('fsdp', 1)
+  config.rl.update(num_micro_batches=1, num_score_slices=1)
+  devices = devices[: math.prod(sizes.values())]
+  (figures,) = topologies.report(config, devices, ['update'])[
+    'programs'
+  ].values()
+  return figures
 
 
 # Of a chip: bfloat16 FLOP/s, bytes a second of its memory and to others.
@@ -179,20 +224,24 @@ def plot(found: dict[str, dict[int, float]]) -> None:
 
   figure, axes = plt.subplots(figsize=(5, 3.5))
   for label, sent in found.items():
-    axes.plot(list(sent), [v / 1e9 for v in sent.values()], 'o-', label=label)
+    axes.plot(list(sent), [v / 1e6 for v in sent.values()], 'o-', label=label)
   axes.set_xscale('log', base=2)
   axes.set_xlabel('devices')
-  axes.set_ylabel('GB that a device sends in an update')
+  axes.set_ylabel('MB that a device sends in an update')
   axes.legend()
   figure.savefig(HERE / 'weak.png', dpi=120, bbox_inches='tight')
 
 
 def main() -> None:
+  parts = {'table': table, 'weak': weak, 'paper': paper}
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument(
-    '--part', choices=['cells', 'weak', 'paper'], required=True
-  )
-  {'cells': cells, 'weak': weak, 'paper': paper}[parser.parse_args().part]()
+  parser.add_argument('--part', choices=['cells', *parts], required=True)
+  parser.add_argument('--only', help='one cell, by its name in the table')
+  flags = parser.parse_args()
+  if flags.part == 'cells':
+    cells(flags.only)
+  else:
+    parts[flags.part]()
 
 
 if __name__ == '__main__':
