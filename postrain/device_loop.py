@@ -20,8 +20,8 @@ from postrain.binding import bind
 from postrain.checks import check_assembly
 from postrain.environments import Environment
 from postrain.environments.synthetic import grade
-from postrain.judges import is_reward_model
 from postrain.keys import minibatch_key, prompt_keys, run_key
+from postrain.learned_rewards import is_reward_model
 from postrain.recipe import Recipe, make_recipe, plain
 from postrain.train_step import merge, value
 from postrain.types import (

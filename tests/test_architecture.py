@@ -32,11 +32,11 @@ LAYERS = (
   },
   {
     *('actors', 'algorithm', 'assembly', 'binding', 'checks', 'collection'),
-    *('compilation', 'control', 'critics', 'judges'),
+    *('compilation', 'control', 'critics', 'learned_rewards'),
     *('device_loop', 'drawing', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'policies'),
     'feedback',
-    'judging',
+    'pair_evaluation',
     *('packing', 'pairing', 'pipeline', 'preference_checks', 'preferring'),
     *('preparation', 'recipe', 'reference_table'),
     *('rehearsal', 'schema', 'shapes', 'states'),
