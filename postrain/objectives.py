@@ -8,14 +8,14 @@ routing of another pass is replayed, with live gates, so that the gradient
 reaches the routers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from postrain.batches import asked, call_by_name
+from postrain.batches import call_by_name
 from postrain.dtypes import promoted
 from postrain.logprobs import token_entropy, token_logprobs
 from postrain.losses import load_balance
@@ -25,6 +25,7 @@ from postrain.scoring import (
   routed_states,
   selected,
 )
+from postrain.soft_labels import mean_over_labels
 from postrain.types import (
   Batch,
   Max,
@@ -205,8 +206,9 @@ def preference(
   Σ w_preference·loss − sft_coef Σ w_sft·log π, the second without its term if
   the coefficient is None. Rows stand in units of two: chosen, rejected.
   ``batch.arrays`` holds ``ref_logprobs`` [B T] where the loss asks for
-  references, and may hold soft labels, ``preference`` [B]: see `pair_values`.
-  The weights are those of `postrain.batches.weigh_units`.
+  references, and may hold soft labels, ``preference`` [B]: see
+  `postrain.soft_labels`. The weights are those of
+  `postrain.batches.weigh_units`.
   """
 
   def objective(
@@ -216,12 +218,11 @@ def preference(
     (logprobs, *_), *_ = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False
     )
-    values, figures = pair_values(loss, pair_arrays(logprobs, batch))
+    values, figures = mean_over_labels(loss, pair_arrays(logprobs, batch))
     weights = batch.weights['preference'].reshape(-1, 2)[:, 0]
     total = jnp.sum(weights * values)
     if sft_coef is not None:
-      likely = jnp.sum(batch.weights['sft'] * logprobs)
-      total -= sft_coef * likely
+      total -= sft_coef * jnp.sum(batch.weights['sft'] * logprobs)
     metrics: Metrics = {'loss': Sum(jax.lax.stop_gradient(total))}
     full = batch.mask.any(-1).reshape(-1, 2).any(-1)
     metrics |= {
@@ -246,47 +247,6 @@ def pair_arrays(
   if batch.arrays.get('preference') is not None:
     arrays['preference'] = batch.arrays['preference'][::2]
   return arrays
-
-
-def pair_values(
-  loss: Callable, arrays: Mapping[str, Array]
-) -> tuple[Array, dict[str, Array]]:
-  """Values of a loss of pairs, the mean over labels where these are soft.
-
-      p ℓ(w, l) + (1 − p) ℓ(l, w)
-
-  p is ``preference`` [N], the chance that the chosen is preferred. Of `dpo` it
-  is the cross-entropy −p log σ(h) − (1 − p) log σ(−h), so that p = 1 − ε is the
-  label smoothing ε of each pair; of `ipo` the target of the margin becomes
-  (2p − 1) / 2β. A loss that asks for ``preference`` is given it and left alone.
-
-  Args:
-    loss: of `postrain.losses`, whose rows are not coupled.
-    arrays: what it may ask for; those of one side are named ``chosen`` or
-      ``rejected``.
-
-  Returns:
-    Values, and the metrics of the given order.
-
-  References:
-    Mitchell, 2023, A Note on DPO with Noisy Preferences and Relationship to
-    IPO; Lee et al., 2023, RLAIF: Scaling Reinforcement Learning from Human
-    Feedback with AI Feedback, arXiv:2309.00267.
-  """
-  values, figures = call_by_name(loss, arrays)
-  chances = arrays.get('preference')
-  if chances is None or 'preference' in asked(loss):
-    return values, figures
-  turned, _ = call_by_name(loss, {_turned(k): v for k, v in arrays.items()})
-  chances = chances.astype(values.dtype)
-  return chances * values + (1 - chances) * turned, figures
-
-
-def _turned(name: str) -> str:
-  """The name of an array once the rejected is preferred."""
-  if 'chosen' in name:
-    return name.replace('chosen', 'rejected')
-  return name.replace('rejected', 'chosen')
 
 
 def unpaired(
@@ -321,9 +281,7 @@ def unpaired(
   return objective
 
 
-def _pair_sums(
-  prefix: str, logprobs: Array, mask: Bool[Array, 'B T']
-) -> dict[str, Array]:
+def _pair_sums(prefix: str, logprobs: Array, mask: Array) -> dict[str, Array]:
   sums = jnp.where(mask, logprobs, 0).sum(-1).reshape(-1, 2)
   return {f'{prefix}chosen': sums[:, 0], f'{prefix}rejected': sums[:, 1]}
 

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from postrain.batches import call_by_name, check_packing
 from postrain.dtypes import promoted
 from postrain.losses import score_centering, step_correctness
-from postrain.objectives import masked_mean, pair_values
+from postrain.objectives import masked_mean
 from postrain.scoring import in_slices, map_logits, masked_states, read_states
+from postrain.soft_labels import mean_over_labels
 from postrain.types import (
   Batch,
   Metrics,
@@ -255,7 +256,7 @@ def completion_objective(
   ``rewards`` [P K] and ``where`` of units of K (`plackett_luce`), or for
   ``scores`` of rows (`outcome_correctness`), and for what ``batch.arrays`` has
   of each row: ``labels``, ``ranks``, ``margins``, ``preference`` (both read at
-  the chosen; see `postrain.objectives.pair_values`). The weights are those of
+  the chosen; see `postrain.soft_labels`). The weights are those of
   `postrain.batches.weigh_units`.
 
   Args:
@@ -273,7 +274,7 @@ def completion_objective(
     )
     scores = _at_ends(model, params['reward_model'], states, batch.valid)
     arrays = _unit_arrays(scores, batch)
-    values, figures = pair_values(loss, arrays)
+    values, figures = mean_over_labels(loss, arrays)
     units = batch.mask.any(-1).reshape(len(values), -1)
     weights = batch.weights['preference'].reshape(units.shape)[:, 0]
     total = jnp.sum(weights * values)

@@ -23,7 +23,8 @@ LAYERS = (
   {
     *('adapted', 'batches', 'couplings', 'internals', 'models', 'objectives'),
     *('optimizers', 'reward_models', 'sampling', 'scoring', 'sharding'),
-    *('digests', 'step_labels', 'tasks', 'train_step', 'types', 'values'),
+    *('digests', 'soft_labels', 'step_labels', 'tasks', 'train_step'),
+    *('types', 'values'),
   },
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hosts', 'hub'),

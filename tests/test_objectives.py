@@ -14,6 +14,7 @@ from postrain import kl, losses, objectives
 from postrain.models.heads import scalar_head
 from postrain.models.wrap import plain
 from postrain.scoring import score
+from postrain.soft_labels import mean_over_labels
 from postrain.train_step import finish
 from postrain.types import Batch
 
@@ -287,7 +288,7 @@ def test_m22_m23_soft_labels_are_the_mean_over_labels():
   def of_pairs(loss, h):
     arrays = {'chosen': h, 'rejected': zero, 'preference': p}
     arrays |= {'ref_chosen': zero, 'ref_rejected': zero}
-    return objectives.pair_values(loss, arrays)[0].sum()
+    return mean_over_labels(loss, arrays)[0].sum()
 
   cases = (
     (losses.bradley_terry, lambda h: soft(h, p)),

@@ -57,7 +57,7 @@ METHODS = {
   17: ('minibatches', 'losses.ppo_clip'),
   18: ('diagnostics of over-optimisation', 'reporting.rollout_figures'),
   19: ('RLAIF', 'losses.soft_preference losses.swap_averaged'
-       ' objectives.pair_values feedback.rule'
+       ' soft_labels.mean_over_labels feedback.rule'
        ' feedback.language_model feedback.reward_model feedback.both_orders'),
   20: ('constitutional AI', 'feedback.constitution feedback.revised'),
   21: ('oversight', 'feedback.oversight.alone feedback.oversight.assisted'
