@@ -12,7 +12,8 @@ from postrain.tasks.labels import pair_accuracy
 from postrain.trainer import Trainer
 from postrain.types import Batch
 
-LOSSES = {'bradley_terry': 'pairs', 'plackett_luce': 'rankings'}
+# Data, and units of a step: pairs, or rankings of four.
+LOSSES = {'bradley_terry': ('pairs', 256), 'plackett_luce': ('rankings', 128)}
 NUM_STEPS, NUM_PAIRS = 1000, 4096
 
 
@@ -20,9 +21,8 @@ def config_of(loss: str, seed: int) -> Any:
   config = run_config(seed)
   config.model.update(head='sequence_labels', num_labels=1)
   config.preference.num_steps = NUM_STEPS
-  config.preference.batch_size = 256
   config.preference.learns = 'reward_model'
-  config.preference.data = LOSSES[loss]
+  config.preference.data, config.preference.batch_size = LOSSES[loss]
   config.preference.loss = dict(name=loss)
   config.preference.optimizer.update(
     learning_rate=3e-3, schedule='cosine', b2=0.999, total_steps=NUM_STEPS
