@@ -79,7 +79,7 @@ def _preference_model(seed: int, pairs: str) -> ConfigDict:
   config.preference.update(
     num_steps=300, batch_size=64, learns='reward_model', data='pairs'
   )
-  config.preference.loss = dict(name=f'{STAGES}:soft_labels')
+  config.preference.loss = dict(name='soft_preference')
   config.preference.optimizer.learning_rate = 2e-3
   return config
 

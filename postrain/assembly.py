@@ -12,7 +12,7 @@ from postrain.checks import check_assembly, check_lengths
 from postrain.critics import check_vocabulary
 from postrain.environments import Environment
 from postrain.evaluator import Evaluator
-from postrain.judges import make_environment
+from postrain.learned_rewards import make_environment
 from postrain.programs import Programs
 from postrain.recipe import make_recipe
 from postrain.rehearsal import Rehearsal

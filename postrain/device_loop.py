@@ -21,8 +21,8 @@ from postrain.checks import check_assembly
 from postrain.compilation import make_jit
 from postrain.environments import Environment
 from postrain.environments.synthetic import grade
-from postrain.judges import is_reward_model
 from postrain.keys import minibatch_key, prompt_keys, run_key
+from postrain.learned_rewards import is_reward_model
 from postrain.recipe import Recipe, make_recipe, plain
 from postrain.train_step import merge, value
 from postrain.types import (

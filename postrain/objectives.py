@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from postrain.batches import call_by_name
 from postrain.dtypes import promoted
@@ -25,6 +25,7 @@ from postrain.scoring import (
   routed_states,
   selected,
 )
+from postrain.soft_labels import mean_over_labels
 from postrain.types import (
   Batch,
   Max,
@@ -205,7 +206,9 @@ def preference(
   Σ w_preference·loss − sft_coef Σ w_sft·log π, the second without its term if
   the coefficient is None. Rows stand in units of two: chosen, rejected.
   ``batch.arrays`` holds ``ref_logprobs`` [B T] where the loss asks for
-  references. The weights are those of `postrain.batches.weigh_units`.
+  references, and may hold soft labels, ``preference`` [B]: see
+  `postrain.soft_labels`. The weights are those of
+  `postrain.batches.weigh_units`.
   """
 
   def objective(
@@ -215,13 +218,11 @@ def preference(
     (logprobs, *_), *_ = _policy_figures(
       model, params['actor'], batch, 1.0, chunk_size, False
     )
-    arrays = pair_arrays(logprobs, batch)
-    values, figures = call_by_name(loss, arrays)
+    values, figures = mean_over_labels(loss, pair_arrays(logprobs, batch))
     weights = batch.weights['preference'].reshape(-1, 2)[:, 0]
     total = jnp.sum(weights * values)
     if sft_coef is not None:
-      likely = jnp.sum(batch.weights['sft'] * logprobs)
-      total -= sft_coef * likely
+      total -= sft_coef * jnp.sum(batch.weights['sft'] * logprobs)
     metrics: Metrics = {'loss': Sum(jax.lax.stop_gradient(total))}
     full = batch.mask.any(-1).reshape(-1, 2).any(-1)
     metrics |= {
@@ -243,6 +244,8 @@ def pair_arrays(
   }
   if 'ref_logprobs' in batch.arrays:
     arrays |= _pair_sums('ref_', batch.arrays['ref_logprobs'], batch.mask)
+  if batch.arrays.get('preference') is not None:
+    arrays['preference'] = batch.arrays['preference'][::2]
   return arrays
 
 
@@ -278,9 +281,7 @@ def unpaired(
   return objective
 
 
-def _pair_sums(
-  prefix: str, logprobs: Array, mask: Bool[Array, 'B T']
-) -> dict[str, Array]:
+def _pair_sums(prefix: str, logprobs: Array, mask: Array) -> dict[str, Array]:
   sums = jnp.where(mask, logprobs, 0).sum(-1).reshape(-1, 2)
   return {f'{prefix}chosen': sums[:, 0], f'{prefix}rejected': sums[:, 1]}
 

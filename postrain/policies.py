@@ -18,7 +18,7 @@ from postrain import actors, hub, sharding, tokenizers
 from postrain.algorithm import make_algorithm
 from postrain.binding import bind
 from postrain.checkpoints import Checkpoints
-from postrain.judges import unjudged
+from postrain.learned_rewards import unjudged
 from postrain.recipe import make_recipe
 from postrain.states import States
 from postrain.types import Model, Params

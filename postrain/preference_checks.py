@@ -18,12 +18,12 @@ from postrain.types import Model
 AVAILABLE = {
   ('policy', 'pairs'): {
     *('chosen', 'rejected', 'ref_chosen', 'ref_rejected'),
-    *('chosen_lengths', 'rejected_lengths'),
+    *('chosen_lengths', 'rejected_lengths', 'preference'),
   },
   ('policy', 'unpaired'): {
     *('logprobs', 'ref_logprobs', 'desirable', 'reference_point'),
   },
-  ('reward_model', 'pairs'): {'chosen', 'rejected', 'margins'},
+  ('reward_model', 'pairs'): {'chosen', 'rejected', 'margins', 'preference'},
   ('reward_model', 'rankings'): {'rewards', 'ranks', 'where'},
   ('reward_model', 'unpaired'): {'scores', 'labels'},
 }
@@ -41,8 +41,9 @@ def check_preference(
   _check_loss(recipe)
   _check_coefs(recipe)
   given = recipe.preference.source == 'dataset'
-  held_out = comparisons(recipe, environment).held_out
-  if recipe.evaluation.every and held_out is None and given:
+  known = comparisons(recipe, environment)
+  _check_labels(recipe, 'preference' in known.dtypes)
+  if recipe.evaluation.every and known.held_out is None and given:
     raise ValueError(
       f'evaluation.every={recipe.evaluation.every} of a run on preferences,'
       ' but none are held out: name their file, or set evaluation.every=0'
@@ -163,6 +164,23 @@ def _check_loss(recipe: Recipe) -> None:
     raise ValueError(
       f'preference.num_micro_batches={choices.num_micro_batches} with loss'
       " 'aot', which sorts the whole batch: set it to 1"
+    )
+
+
+def _check_labels(recipe: Recipe, soft: bool) -> None:
+  """Soft labels go where they mean something, and are there if asked for."""
+  block = recipe.preference.loss
+  loss, name = bind(losses, block), block['name']
+  if soft and name == 'aot':
+    raise ValueError(
+      "preference.loss 'aot' with pairs that have a preference: it sorts pairs"
+      ' whose order is certain; remove the field, or take another loss'
+    )
+  needed = asked(loss).get('preference') is inspect.Parameter.empty
+  if needed and not soft:
+    raise ValueError(
+      f'preference.loss {name!r} asks for preference, which the pairs lack:'
+      ' give each row the field, or take a loss of certain labels'
     )
 
 

@@ -15,10 +15,10 @@ from postrain.batches import minibatch_rows
 from postrain.compilation import make_jit
 from postrain.environments import Environment, Units
 from postrain.evaluator import Evaluator
-from postrain.judging import Judging
 from postrain.keys import minibatch_key, run_key
 from postrain.masks import informative_groups
 from postrain.packing import layouts, real_tokens, with_slots
+from postrain.pair_evaluation import Judging
 from postrain.preferring import Preferring, comparisons
 from postrain.recipe import Recipe
 from postrain.shapes import Shapes

@@ -11,7 +11,7 @@ import numpy as np
 from postrain import sharding
 from postrain.adapted import trainable
 from postrain.compilation import EXAMS, REMEDIES, SMALL, Program
-from postrain.judges import Judge
+from postrain.learned_rewards import Judge
 from postrain.preferring import comparisons
 from postrain.programs import Programs, apart
 from postrain.types import Samples, TrainState

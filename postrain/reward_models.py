@@ -15,6 +15,7 @@ from postrain.dtypes import promoted
 from postrain.losses import score_centering, step_correctness
 from postrain.objectives import masked_mean
 from postrain.scoring import in_slices, map_logits, masked_states, read_states
+from postrain.soft_labels import mean_over_labels
 from postrain.types import (
   Batch,
   Metrics,
@@ -254,8 +255,9 @@ def completion_objective(
   ``rejected`` (units of two rows: `postrain.losses.bradley_terry`), for
   ``rewards`` [P K] and ``where`` of units of K (`plackett_luce`), or for
   ``scores`` of rows (`outcome_correctness`), and for what ``batch.arrays`` has
-  of each row: ``labels``, ``ranks``, ``margins`` (read at the chosen). The
-  weights are those of `postrain.batches.weigh_units`.
+  of each row: ``labels``, ``ranks``, ``margins``, ``preference`` (both read at
+  the chosen; see `postrain.soft_labels`). The weights are those of
+  `postrain.batches.weigh_units`.
 
   Args:
     model: of the role ``reward_model``, see `token_scores`.
@@ -272,7 +274,7 @@ def completion_objective(
     )
     scores = _at_ends(model, params['reward_model'], states, batch.valid)
     arrays = _unit_arrays(scores, batch)
-    values, figures = call_by_name(loss, arrays)
+    values, figures = mean_over_labels(loss, arrays)
     units = batch.mask.any(-1).reshape(len(values), -1)
     weights = batch.weights['preference'].reshape(units.shape)[:, 0]
     total = jnp.sum(weights * values)
@@ -298,8 +300,9 @@ def _unit_arrays(scores: Array, batch: Batch) -> dict[str, Array]:
     arrays['ranks'] = arrays['ranks'].reshape(units)
   if batch.unit_size == 2:
     arrays['chosen'], arrays['rejected'] = scores[::2], scores[1::2]
-    if 'margins' in arrays:
-      arrays['margins'] = arrays['margins'][::2]
+    for name in ('margins', 'preference'):
+      if arrays.get(name) is not None:
+        arrays[name] = arrays[name][::2]
   return arrays
 
 

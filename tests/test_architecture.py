@@ -23,7 +23,8 @@ LAYERS = (
   {
     *('adapted', 'batches', 'couplings', 'internals', 'models', 'objectives'),
     *('optimizers', 'reward_models', 'sampling', 'scoring', 'sharding'),
-    *('digests', 'step_labels', 'tasks', 'train_step', 'types', 'values'),
+    *('digests', 'soft_labels', 'step_labels', 'tasks', 'train_step'),
+    *('types', 'values'),
   },
   {
     *('chat', 'checkpoints', 'console', 'data', 'evaluation', 'hosts', 'hub'),
@@ -32,11 +33,11 @@ LAYERS = (
   },
   {
     *('actors', 'algorithm', 'assembly', 'binding', 'checks', 'collection'),
-    *('compilation', 'control', 'critics', 'judges'),
+    *('compilation', 'control', 'critics', 'learned_rewards'),
     *('device_loop', 'drawing', 'programs'),
     *('environments', 'evaluator', 'exam', 'grading', 'labelling', 'policies'),
     'feedback',
-    'judging',
+    'pair_evaluation',
     *('packing', 'pairing', 'pipeline', 'preference_checks', 'preferring'),
     *('preparation', 'recipe', 'reference_table'),
     *('rehearsal', 'schema', 'shapes', 'states'),

@@ -321,6 +321,11 @@ FIELDS = [
   ),
   ('preference', {'mesh.data': 8}, 'preference micro-batch: 4 do not divide'),
   ('scores', {'model.max_length': 4}, 'the preferences has up to 5 tokens'),
+  (
+    'scores',
+    {'preference.loss': {'name': 'soft_preference'}},
+    "'soft_preference' asks for preference, which the pairs lack: give",
+  ),
   ('preference', {'environment.rater': {'scale': 0.0}}, 'scale=0.0: choose it'),
   ('preference', {'environment.rater': {'scal': 1.0}}, "mean 'scale'"),
   (

@@ -82,8 +82,8 @@ def test_m20_labels_agree_with_the_principles_as_often_as_the_judge(
       for side in ('chosen', 'rejected')
     )
     assert fewer <= more
-    assert (row['margin'] > 1e-9) == (fewer < more)
-    assert row['margin'] <= np.log(9) + 1e-9  # of who errs one time in ten
+    assert (row['preference'] > 0.5 + 1e-9) == (fewer < more)
+    assert row['preference'] <= 0.9 + 1e-9  # of who errs one time in ten
 
 
 def test_help_is_the_share_of_what_was_asked_for() -> None:

@@ -70,14 +70,14 @@ def test_m19_what_is_left_of_a_position_is_of_second_order() -> None:
 
 
 def test_m19_labels_bring_the_soft_loss_to_the_true_difference() -> None:
-  """σ of a row's margin is the label; the loss is least at the margin."""
+  """Where scores differ by the logit of the label."""
   rows = labelled(rule(count, scale=0.7), *TEXTS)
   assert [row['chosen'] for row in rows] == ['aaa', 'aaa', 'aa']
-  margins = jnp.array([row['margin'] for row in rows])
-  np.testing.assert_allclose(margins, [1.4, 1.4, 0.7], rtol=1e-6)
+  chances = jnp.array([row['preference'] for row in rows])
+  margins = jnp.array([1.4, 1.4, 0.7])
+  np.testing.assert_allclose(chances, jax.nn.sigmoid(margins), rtol=1e-6)
 
   def loss(distance: Any) -> Any:
-    chances = jax.nn.sigmoid(margins)
     zero = jnp.zeros_like(distance)
     return losses.soft_preference(distance, zero, chances)[0].sum()
 
@@ -86,13 +86,14 @@ def test_m19_labels_bring_the_soft_loss_to_the_true_difference() -> None:
   assert loss(margins) < loss(margins - 0.1)
 
 
-def test_a_judge_that_is_certain_has_a_finite_margin_and_rows_are_read(
+def test_labels_of_a_judge_that_is_certain_are_read(
   tmp_path: pathlib.Path,
 ) -> None:
   rows = labelled(rule(count, scale=float('inf')), *TEXTS)
-  assert {row['margin'] for row in rows} == {judges.LARGEST}
   path = tiny.json_lines(tmp_path / 'pairs.jsonl', rows)
-  assert data.read_preferences(path)[0].completions == ('aaa', 'a')
+  found = data.read_preferences(path)
+  assert found[0].completions == ('aaa', 'a')
+  assert {row.preference for row in found} == {1.0}
 
 
 def test_labels_that_are_no_chances_are_refused() -> None:

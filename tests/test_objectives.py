@@ -1,6 +1,7 @@
 """Objectives against sums written out, on a model small enough to see."""
 
 import dataclasses
+import functools
 import inspect
 
 import jax
@@ -13,6 +14,7 @@ from postrain import kl, losses, objectives
 from postrain.models.heads import scalar_head
 from postrain.models.wrap import plain
 from postrain.scoring import score
+from postrain.soft_labels import mean_over_labels
 from postrain.train_step import finish
 from postrain.types import Batch
 
@@ -234,6 +236,11 @@ def test_preference_is_the_loss_of_sequence_sums(params, batch):
   found = finish(metrics)
   assert found['preference/margin'] == pytest.approx(margins.mean(), rel=1e-4)
   assert found['preference/accuracy'] == (margins > 0).mean()
+  labels = {'preference': jnp.array([0.8, 0.8, 0.3, 0.3])}
+  soft = dataclasses.replace(batch, arrays={**batch.arrays, **labels})
+  loss, _ = objective(params, {}, pairs(soft))
+  expected += np.array([0.2, 0.7]) * margins @ [0.5, 1.5]
+  assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 # aot sorts the whole batch: to it an empty pair is a pair.
@@ -264,6 +271,49 @@ def test_every_pairwise_loss_is_an_objective(name, params, batch):
   padded, _ = jax.grad(objective, has_aux=True)(params, {}, both)
   for a, b in zip(leaves, jax.tree.leaves(padded), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def soft(h, p):
+  """−p log σ(h) − (1 − p) log σ(−h)."""
+  return -p * jax.nn.log_sigmoid(h) - (1 - p) * jax.nn.log_sigmoid(-h)
+
+
+def test_m22_m23_soft_labels_are_the_mean_over_labels():
+  """Of scores as of log-ratios; smoothing is of each label."""
+  p = jnp.array([0.0, 0.2, 0.5, 0.7, 1.0])
+  margins, zero = jnp.array([-1.0, 3.0, 0.4, -2.0, 0.0]), jnp.zeros(5)
+  flipped = p + 0.1 * (1 - 2 * p)
+  dpo = functools.partial(losses.dpo, beta=1)
+
+  def of_pairs(loss, h):
+    arrays = {'chosen': h, 'rejected': zero, 'preference': p}
+    arrays |= {'ref_chosen': zero, 'ref_rejected': zero}
+    return mean_over_labels(loss, arrays)[0].sum()
+
+  cases = (
+    (losses.bradley_terry, lambda h: soft(h, p)),
+    (losses.soft_preference, lambda h: soft(h, p)),
+    (dpo, lambda h: soft(h, p)),
+    (functools.partial(dpo, label_smoothing=0.1), lambda h: soft(h, flipped)),
+    (
+      functools.partial(losses.ipo, beta=0.5),
+      lambda h: (h - 2 * p + 1) ** 2 + 4 * p * (1 - p),
+    ),
+  )
+
+  @jax.jit
+  def slopes(h):
+    return [
+      (
+        jax.value_and_grad(functools.partial(of_pairs, loss))(h),
+        jax.value_and_grad(lambda h, closed=closed: closed(h).sum())(h),
+      )
+      for loss, closed in cases
+    ]
+
+  for found, expected in slopes(margins):
+    for one, other in zip(found, expected, strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_m22_preference_is_log_two_at_the_reference(params, batch):

@@ -12,7 +12,7 @@ import tiny
 
 from postrain import trainer
 from postrain.environments import Environment
-from postrain.judges import unjudged
+from postrain.learned_rewards import unjudged
 from postrain.pairing import Pairing, beside, demonstrations, rewarded
 from postrain.preferring import comparisons
 from postrain.recipe import Recipe, make_recipe

@@ -203,7 +203,12 @@ def test_stages_follow_and_a_resumed_run_has_the_same_bits(
 
 ROWS: dict[str, list[dict]] = {
   'pairs': [
-    dict(prompt='1+1=' * (1 + n % 3), chosen='2' * (n + 1), rejected='no')
+    dict(
+      prompt='1+1=' * (1 + n % 3),
+      chosen='2' * (n + 1),
+      rejected='no',
+      preference=1 - 0.1 * n,
+    )
     for n in range(6)
   ],
   'rankings': [
@@ -291,6 +296,10 @@ def test_files_that_do_not_fit(tmp_path: pathlib.Path) -> None:
     tmp_path / 'seen.jsonl', [dict(prompt='a' * 9, completion='b', label=True)]
   )
   with pytest.raises(ValueError, match='has 9 tokens, max_prompt_length=8'):
+    Trainer(config, str(tmp_path / 'run'))
+  config = written('pairs', tmp_path)
+  config.preference.loss = dict(name='aot')
+  with pytest.raises(ValueError, match="'aot' with pairs that have a prefer"):
     Trainer(config, str(tmp_path / 'run'))
   config = written('pairs', tmp_path)
   config.environment.preferences.held_out = None

@@ -155,6 +155,8 @@ BROKEN = [
   (PAIRS['text'] | {'margin': -1}, 'margin is -1'),
   (PAIRS['text'] | {'margin': True}, 'margin is True'),
   (PAIRS['text'] | {'margin': 10**400}, 'margin is 1000'),
+  (PAIRS['text'] | {'preference': 1.5}, 'preference is 1.5: .* from 0 to 1'),
+  (PAIRS['text'] | {'preference': 0, 'margin': 1}, 'margin is 1.0 and pref'),
   ({'prompt': 'p', 'completion': 'a', 'label': 1}, 'label is 1: expected true'),
   ({'prompt': 'p', 'completions': ['a'], 'ranks': [0]}, 'two or more'),
   ({'prompt': 'p', 'completions': 'ab', 'ranks': [0, 1]}, 'two or more'),
@@ -320,6 +322,15 @@ def test_a_pair_goes_as_a_whole():
   examples[0] = examples[0]._replace(margin=None)
   with pytest.raises(ValueError, match='1 of 2 pairs have a margin'):
     data.encode_pairs(TOKENIZER, examples, max_length=16)
+
+
+def test_the_chance_of_a_label_stands_beside_both_rows():
+  rows = [PAIRS['text'] | {'preference': chance} for chance in (1, 0.25)]
+  examples = list(map(data.preference, rows))
+  pairs = data.encode_pairs(TOKENIZER, examples, max_length=64)
+  np.testing.assert_array_equal(pairs.preference, [1, 1, 0.25, 0.25])
+  with pytest.raises(ValueError, match=r'row 0: preference=1\.0, but the ord'):
+    data.encode_rankings(TOKENIZER, examples, num_completions=2, max_length=64)
 
 
 def test_kinds_are_not_taken_for_one_another():

@@ -15,12 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 import numpy as np
 
-from postrain import data, feedback, losses, policies, workdir
+from postrain import data, feedback, policies, workdir
 from postrain.data.buckets import padded
-from postrain.feedback.judges import LARGEST
 from postrain.keys import run_key
 from postrain.sampling import sample
 from postrain.types import Completion
@@ -89,7 +87,7 @@ def revise(
     if found.text != row['response'] and found.text.strip():
       pairs.append(dict(
         prompt=row['prompt'], chosen=found.text, rejected=row['response'],
-        margin=LARGEST,
+        preference=1.0,
       ))  # fmt: skip
   kept = [row for row in rows if row['completion'].strip()]
   _write(directory, 'revisions.jsonl', kept)
@@ -177,15 +175,6 @@ def helps(prompt: str, text: str) -> float:
   """The share of the letters of a request that a text has."""
   letters = prompt.removesuffix('=')
   return float(np.mean([letter in text for letter in letters]))
-
-
-def soft_labels(
-  chosen: Float[Array, ' N'],
-  rejected: Float[Array, ' N'],
-  margins: Float[Array, ' N'],
-) -> tuple[Array, dict[str, Array]]:
-  """`losses.soft_preference`, where a margin is the logit of the label."""
-  return losses.soft_preference(chosen, rejected, jax.nn.sigmoid(margins))
 
 
 def _kept(

@@ -56,7 +56,8 @@ METHODS = {
        ' critics.copied'),
   17: ('minibatches', 'losses.ppo_clip'),
   18: ('diagnostics of over-optimisation', 'reporting.rollout_figures'),
-  19: ('RLAIF', 'losses.soft_preference losses.swap_averaged feedback.rule'
+  19: ('RLAIF', 'losses.soft_preference losses.swap_averaged'
+       ' soft_labels.mean_over_labels feedback.rule'
        ' feedback.language_model feedback.reward_model feedback.both_orders'),
   20: ('constitutional AI', 'feedback.constitution feedback.revised'),
   21: ('oversight', 'feedback.oversight.alone feedback.oversight.assisted'

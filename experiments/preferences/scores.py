@@ -12,7 +12,8 @@ from postrain.tasks.labels import pair_accuracy
 from postrain.trainer import Trainer
 from postrain.types import Batch
 
-LOSSES = {'bradley_terry': 'pairs', 'plackett_luce': 'rankings'}
+# Data, and units of a step: pairs, or rankings of four.
+LOSSES = {'bradley_terry': ('pairs', 256), 'plackett_luce': ('rankings', 128)}
 NUM_STEPS, NUM_PAIRS = 1000, 4096
 
 
@@ -20,9 +21,8 @@ def config_of(loss: str, seed: int) -> Any:
   config = run_config(seed)
   config.model.update(head='sequence_labels', num_labels=1)
   config.preference.num_steps = NUM_STEPS
-  config.preference.batch_size = 256
   config.preference.learns = 'reward_model'
-  config.preference.data = LOSSES[loss]
+  config.preference.data, config.preference.batch_size = LOSSES[loss]
   config.preference.loss = dict(name=loss)
   config.preference.optimizer.update(
     learning_rate=3e-3, schedule='cosine', b2=0.999, total_steps=NUM_STEPS
@@ -60,12 +60,17 @@ def study(path: pathlib.Path, seeds: range) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-  lines = ['| | held-out pair accuracy | less that of gold | ECE |', RULE]
+  lines = [
+    '| | held-out pair accuracy | less that of gold | ECE | within 2 points |',
+    f'{RULE} --- |',
+  ]
   oracle = found.pop('oracle')
-  lines.append(f'| gold | {spread(oracle)} | | |')
+  lines.append(f'| gold | {spread(oracle)} | | | |')
   for loss, rows in found.items():
     accuracy = [row['accuracy'] for row in rows]
     gaps = np.subtract(accuracy, oracle).tolist()
     ece = spread([row['ece'] for row in rows])
-    lines.append(f'| `{loss}` | {spread(accuracy)} | {spread(gaps)} | {ece} |')
+    near = f'{sum(gap >= -0.02 for gap in gaps)} of {len(gaps)} seeds'
+    cells = f'{spread(accuracy)} | {spread(gaps)} | {ece} | {near}'
+    lines.append(f'| `{loss}` | {cells} |')
   return '\n'.join(lines)

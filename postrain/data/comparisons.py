@@ -28,6 +28,7 @@ class Pairs(NamedTuple):
   valid: Bool[np.ndarray, 'B T']
   mask: Bool[np.ndarray, 'B T']
   margins: Float[np.ndarray, ' B'] | None
+  preference: Float[np.ndarray, ' B'] | None
 
 
 class Rankings(NamedTuple):
@@ -75,8 +76,8 @@ def encode_pairs(
     num_buckets: lengths that the arrays may have at most.
 
   Raises:
-    ValueError: names the row that is no pair, is too long or lacks the margin
-      that another has; nothing left; no stop token.
+    ValueError: names the row that is no pair or is too long; only some pairs
+      have a margin, or a preference; nothing left; no stop token.
   """
   ordered = []
   for row, example in enumerate(examples):
@@ -93,7 +94,11 @@ def encode_pairs(
     tokenizer, ordered, 2, max_length, style, template, stop_id,
     enable_thinking, too_long, num_buckets,
   )  # fmt: skip
-  return Pairs(*arrays, _margins([examples[i].margin for i in kept]))
+  margins, preference = (
+    _of_pairs(field, [getattr(examples[i], field) for i in kept])
+    for field in ('margin', 'preference')
+  )
+  return Pairs(*arrays, margins, preference)
 
 
 def encode_rankings(
@@ -122,8 +127,8 @@ def encode_rankings(
       ranking goes.
 
   Raises:
-    ValueError: names the row that is no ranking, has over K completions or is
-      too long; nothing left; no stop token.
+    ValueError: names the row that is no ranking, has over K completions or a
+      preference, or is too long; nothing left; no stop token.
   """
   for row, example in enumerate(examples):
     if not 0 < len(example.ranks or ()) <= num_completions:
@@ -131,6 +136,11 @@ def encode_rankings(
         f'row {row}: {len(example.completions)} completions of the ranks'
         f' {example.ranks}, num_completions={num_completions}: raise it, or'
         ' take encode_labels where there are no ranks'
+      )
+    if example.preference is not None:
+      raise ValueError(
+        f'row {row}: preference={example.preference}, but the order of a'
+        ' ranking is certain: take encode_pairs, or remove the field'
       )
   arrays, kept = _encode(
     tokenizer, examples, num_completions, max_length, style, template, stop_id,
@@ -260,16 +270,16 @@ def _encode(
   )
 
 
-def _margins(
-  margins: Sequence[float | None],
+def _of_pairs(
+  field: str, values: Sequence[float | None]
 ) -> Float[np.ndarray, ' B'] | None:
   """One for each row of a pair, None where no pair has one."""
-  known = [margin for margin in margins if margin is not None]
+  known = [value for value in values if value is not None]
   if not known:
     return None
-  if len(known) < len(margins):
+  if len(known) < len(values):
     raise ValueError(
-      f'{len(known)} of {len(margins)} pairs have a margin: give all of them'
+      f'{len(known)} of {len(values)} pairs have a {field}: give all of them'
       ' one, or none'
     )
   return np.repeat(np.array(known, np.float32), 2)

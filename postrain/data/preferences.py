@@ -1,6 +1,7 @@
 """What people preferred, read from rows of many layouts into one form."""
 
 from collections.abc import Mapping
+import math
 import os
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,8 @@ class Preference(NamedTuple):
     ranks: of each completion, smaller is better; None for a single one.
     desirable: whether a single completion is good; None for several.
     margin: how much better the chosen of a pair is, ≥ 0; None if unknown.
+    preference: the chance that the chosen of a pair is preferred; None where it
+      is certain.
     tools: JSON schemas of functions, for chat templates.
   """
 
@@ -33,6 +36,7 @@ class Preference(NamedTuple):
   ranks: tuple[int, ...] | None = None
   desirable: bool | None = None
   margin: float | None = None
+  preference: float | None = None
   tools: Any = None
 
 
@@ -45,7 +49,8 @@ def preference(example: Mapping[str, Any]) -> Preference:
 
   Its fields say what it is:
 
-  - a pair: ``chosen`` and ``rejected``, and perhaps ``margin``;
+  - a pair: ``chosen`` and ``rejected``, and perhaps ``margin``, or
+    ``preference``, the chance that the chosen is preferred;
   - a ranking: ``completions`` with ``ranks``, smaller is better, or with
     ``scores``, larger is better; some may be equal, not all;
   - a judgement: ``completion`` and ``label``, true or false.
@@ -126,18 +131,36 @@ def _pair(example: Mapping[str, Any]) -> Preference:
       f'chosen and rejected are the same text, {answers[0]!r:.60}: remove the'
       " row, or read with ties='drop'"
     )
-  margin = example.get('margin')
-  if margin is not None and not (_is_number(margin) and margin >= 0):
+  margin = _number(example, 'margin', math.inf)
+  chance = _number(example, 'preference', 1.0)
+  if margin is not None and chance is not None:
     raise ValueError(
-      f'field margin is {margin!r:.40}: expected a number from 0, or no field'
+      f'margin is {margin} and preference {chance}: a margin is of a pair whose'
+      ' order is certain; remove one of the fields'
     )
   return Preference(
     prompt,
     answers,
     ranks=(0, 1),
-    margin=None if margin is None else float(margin),
+    margin=margin,
+    preference=chance,
     tools=example.get('tools'),
   )
+
+
+def _number(
+  example: Mapping[str, Any], field: str, most: float
+) -> float | None:
+  """A number of a row, None if it has none."""
+  value = example.get(field)
+  if value is None:
+    return None
+  if not _is_number(value) or not 0 <= value <= most:
+    raise ValueError(
+      f'field {field} is {value!r:.40}: expected a number from 0 to {most:g},'
+      ' or no field'
+    )
+  return float(value)
 
 
 def _ranking(example: Mapping[str, Any]) -> Preference:

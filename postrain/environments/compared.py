@@ -65,7 +65,8 @@ def _encoded(
   """
   if kind == 'pairs':
     of_pairs = data.encode_pairs(tokenizer, rows, **reading)
-    known = {} if of_pairs.margins is None else {'margins': of_pairs.margins}
+    known = {'margins': of_pairs.margins, 'preference': of_pairs.preference}
+    known = {name: array for name, array in known.items() if array is not None}
     return Units(*of_pairs[:3], known), 2
   if kind == 'rankings':
     size = max(len(row.completions) for row in rows)

@@ -19,8 +19,9 @@ class Units(NamedTuple):
     tokens: [B T], prompt and completion.
     valid: [B T], which are real.
     mask: [B T], those of the completion.
-    arrays: what is known of each row, by vocabulary name: ``margins`` of pairs,
-      ``ranks`` of rankings, ``desirable`` of single completions.
+    arrays: what is known of each row, by vocabulary name: ``margins`` or
+      ``preference`` of pairs, ``ranks`` of rankings, ``desirable`` of single
+      completions.
   """
 
   tokens: Any

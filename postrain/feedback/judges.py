@@ -47,7 +47,6 @@ Answer B:
 
 {question} The better answer is"""
 FIELDS = ('fence', 'prompt', 'first', 'second', 'question')
-LARGEST = 20.0  # logit of a label: σ is 1 in float32 beyond
 
 
 def rule(
@@ -233,9 +232,9 @@ def labelled(
 ) -> list[dict[str, Any]]:
   """Rows of `postrain.data.preference` as a judge prefers, with its certainty.
 
-  The ``margin`` of a row is the logit of the chance that the chosen is better,
-  0 where the judge sees no difference, so that σ(margin) is the soft label of
-  `postrain.losses.soft_preference`. Pairs of equal texts are dropped.
+  The ``preference`` of a row is the chance that the chosen is better, ½ where
+  the judge sees no difference: a soft label, see `postrain.soft_labels`. Pairs
+  of equal texts are dropped.
 
   Raises:
     ValueError: the judge gives something else than a chance for each pair.
@@ -254,12 +253,10 @@ def labelled(
     if first == second:
       continue
     better, worse = (first, second) if chance >= 0.5 else (second, first)
-    sure = max(chance, 1 - chance)
-    margin = np.log(sure) - np.log(max(1 - sure, np.exp(-LARGEST)))
-    rows.append(dict(
-      prompt=prompt, chosen=better, rejected=worse,
-      margin=float(min(margin, LARGEST)),
-    ))  # fmt: skip
+    sure = float(max(chance, 1 - chance))
+    rows.append(
+      dict(prompt=prompt, chosen=better, rejected=worse, preference=sure)
+    )
   return rows
 
 

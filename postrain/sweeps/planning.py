@@ -14,7 +14,7 @@ from postrain import actors, pipeline, workdir
 from postrain.algorithm import make_algorithm
 from postrain.binding import bind
 from postrain.checks import check_assembly, check_lengths
-from postrain.judges import unjudged
+from postrain.learned_rewards import unjudged
 from postrain.recipe import make_recipe, plain
 from postrain.sweeps.rows import Row, as_row
 
