@@ -22,6 +22,12 @@ import numpy as np
 from postrain.rollouts import fetched, picked, taken
 from postrain.types import Prompts, Samples
 
+# What JAX reads of a step of Slurm.
+SLURM = (
+  'SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID',
+  'SLURM_LOCALID',
+)  # fmt: skip
+
 Rewards = Callable[[Prompts, Samples], dict[str, np.ndarray]]
 
 
@@ -178,7 +184,9 @@ def joined(
     raise ValueError(
       f'heartbeat_seconds={heartbeat_seconds}: it must be at least 1'
     )
-  if not environment:
+  if environment:
+    _check_slurm(num_processes, process_id)
+  else:
     host, port = _address(coordinator, num_processes, process_id)
     if process_id:
       _knock(host, port, connect_seconds)
@@ -209,11 +217,38 @@ def _initialize(
       initialization_timeout=connect_seconds,
     )
   except (RuntimeError, ValueError) as error:
+    missing = [name for name in SLURM if name not in os.environ]
+    known = {name: os.environ[name] for name in SLURM if name not in missing}
+    seen = f'; Slurm has set {known}, but not {missing}' if known else ''
     raise ValueError(
-      f'the processes did not find each other ({error}); given were {given}:'
-      ' start all of them with one coordinator and one number, or, under a'
-      ' scheduler that JAX knows, with the flag distributed alone'
+      f'the processes did not find each other ({error}); given were'
+      f' {given}{seen}: start all of them with one coordinator and one number,'
+      ' or by a scheduler that JAX knows (srun) with the flag distributed alone'
     ) from error
+
+
+def _check_slurm(num_processes: int | None, process_id: int | None) -> None:
+  """Refuse numbers of a step of Slurm that are none, or not those given."""
+  if any(name not in os.environ for name in SLURM):
+    return
+  found = {}
+  for name, given in (
+    ('SLURM_NTASKS', num_processes),
+    ('SLURM_PROCID', process_id),
+  ):
+    value = os.environ[name]
+    if not value.isdecimal() or given not in (None, int(value)):
+      raise ValueError(
+        f'{name}={value!r}, given was {given}: start the processes with srun,'
+        ' and with the flag distributed alone'
+      )
+    found[name] = int(value)
+  number, count = found['SLURM_PROCID'], found['SLURM_NTASKS']
+  if number >= count:
+    raise ValueError(
+      f'SLURM_PROCID={number} of SLURM_NTASKS={count}: processes are numbered 0'
+      f' to {count - 1}; start them with srun'
+    )
 
 
 def _address(

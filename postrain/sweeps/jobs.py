@@ -90,7 +90,8 @@ def settings(schema: Any, given: Any, where: str) -> Any:
   """Make `Slurm` or `Xpk` of a dict.
 
   Raises:
-    ValueError: it is none, or a field is unknown, missing or ill-typed.
+    ValueError: it is none, or a field is unknown, missing, ill-typed or a
+      number below 1.
   """
   if not isinstance(given, Mapping):
     raise ValueError(
@@ -98,6 +99,9 @@ def settings(schema: Any, given: Any, where: str) -> Any:
       f' fields: {", ".join(f.name for f in dataclasses.fields(schema))}'
     )
   check_arguments(schema, given, where)
+  for name, value in given.items():
+    if isinstance(value, int) and value < 1:
+      raise ValueError(f'{where}: {name}={value}: it must be at least 1')
   return schema(**given)
 
 
@@ -164,8 +168,13 @@ def xpk(
     num_retries: restarts of a workload.
 
   Raises:
-    ValueError: a name that xpk refuses.
+    ValueError: a name that xpk refuses, or a workdir that pods cannot find.
   """
+  if not choices.workdir.startswith('/'):
+    raise ValueError(
+      f'XPK: workdir={choices.workdir!r}: give the path from the root, as pods'
+      ' see it'
+    )
   commands = []
   for directory in directories:
     workload = f'{choices.name}-{directory.rsplit("/", 1)[-1]}'
