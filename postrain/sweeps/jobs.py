@@ -69,6 +69,7 @@ class Xpk:
     name: the first part of a workload's name.
     num_slices: of a row.
     priority: very-low to very-high.
+    grace: seconds between the warning and the end; xpk's own are 30.
     project: None for the default of gcloud, as below.
     zone: of the cluster.
     python: the interpreter.
@@ -81,6 +82,7 @@ class Xpk:
   name: str = 'postrain'
   num_slices: int = 1
   priority: str = 'medium'
+  grace: int = 120
   project: str | None = None
   zone: str | None = None
   python: str = 'python'
@@ -191,6 +193,7 @@ def xpk(
       'num-slices': choices.num_slices,
       'docker-image': choices.docker_image,
       'priority': choices.priority,
+      'termination-grace-period-seconds': choices.grace,
       'max-restarts': num_retries,
       'restart-on-exit-codes': f'1,{PREEMPTED}',
       'project': choices.project,
