@@ -6,6 +6,7 @@ of the same values by all. On one process all of it is what it would be without.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import itertools
 import os
 import pickle
 import signal
@@ -27,6 +28,11 @@ SLURM = (
   'SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID',
   'SLURM_LOCALID',
 )  # fmt: skip
+
+# Of asking whether to stop. The processes agree on the number after the last of
+# any of them, 1 where none has asked: steps of a run that goes on, or of the
+# second in these processes, could be past it or never come to it.
+_calls = itertools.count(1)
 
 Rewards = Callable[[Prompts, Samples], dict[str, np.ndarray]]
 
@@ -120,8 +126,8 @@ class Stopped(SystemExit):
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[Callable[[int], bool]]:
-  """Heed SIGTERM: gives (step) -> whether all processes stop after this step.
+def stopping() -> Iterator[Callable[[], bool]]:
+  """Heed SIGTERM: gives () -> whether all processes stop after this step.
 
   To be asked after every step, by all. One process stops after the step that it
   is at; several after one that they agree on.
@@ -129,15 +135,15 @@ def stopping() -> Iterator[Callable[[int], bool]]:
   if jax.process_count() > 1:
     from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-    yield reached_preemption_sync_point
+    yield lambda: reached_preemption_sync_point(next(_calls))
     return
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # signals are not for other threads
+    yield lambda: False  # signals are not for other threads
     return
   noticed = threading.Event()
   before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
   try:
-    yield lambda step: noticed.is_set()
+    yield noticed.is_set
   finally:
     signal.signal(signal.SIGTERM, before)
 

@@ -58,10 +58,9 @@ def get_config(folder: str) -> ConfigDict:
   config.sft.batch_size = 8
   config.rl.num_iterations = NUM_STEPS - 2
   config.rl.num_prompts = 8
-  config.evaluation = dict(
-    every=4, grader='finished', threshold=1.0, num_prompts=8, batch_size=8,
-    num_samples=0, ks=(1,),
-  )  # fmt: skip
+  config.evaluation.update(
+    every=4, grader='finished', num_prompts=8, batch_size=8
+  )
   config.checkpoint.every = SAVE_EVERY
   config.mesh.data, config.mesh.fsdp = 2, 4
   return config
