@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +30,10 @@ quick_compiler = tiny.quick_compiler
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEARTBEAT = 10
+# What the coordinator says of task 1, by whether it was just speaking to it.
+LOST = (
+  r'Task 1 heartbeat timeout|unhealthy \(stopped sending heartbeats\):\n1\n'
+)
 
 
 def free_port() -> int:
@@ -174,9 +179,7 @@ def test_two_processes_share_values_errors_and_checkpoints(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('dying', 'message'), [(0, 'leader'), (1, 'Task 1 heartbeat timeout')]
-)
+@pytest.mark.parametrize(('dying', 'message'), [(0, 'leader'), (1, LOST)])
 def test_a_death_ends_the_other(
   dying: int, message: str, tmp_path: pathlib.Path
 ) -> None:
@@ -197,7 +200,7 @@ def test_a_death_ends_the_other(
   statuses = [process.wait(timeout=300) for process in both]
   assert statuses[dying] == -signal.SIGKILL
   assert statuses[1 - dying] not in (0, -signal.SIGKILL)
-  assert message in logs[1 - dying].read_text()
+  assert re.search(message, logs[1 - dying].read_text())
 
 
 class Outcome(NamedTuple):
@@ -344,10 +347,12 @@ def test_processes_that_are_killed_go_on_with_the_same_bits(
   end = run(killed, ('', f'in_rollout:{last - 2}'))
   assert end.statuses[1] == -signal.SIGKILL, end.said
   assert end.statuses[0] not in (0, -signal.SIGKILL), end.said
-  assert 'Task 1 heartbeat timeout' in end.said[0], end.said[0]
+  assert re.search(LOST, end.said[0]), end.said[0]
   assert end.apart < 2 * HEARTBEAT
   end = run(killed, (f'in_checkpoint:{last - 1}',) * 2)
-  assert end.statuses == [-signal.SIGKILL] * 2, end.said
+  assert end.statuses[0] == -signal.SIGKILL, end.said
+  # The second may learn of the first's death before its own.
+  assert end.statuses[1] in (-signal.SIGKILL, -signal.SIGABRT), end.said
   assert not (killed / 'finished.json').exists()
   launched_run(killed)
   assert contents(killed) == contents(whole)
