@@ -1,6 +1,7 @@
 """What a mesh does not divide is an error before any compilation."""
 
 import math
+from typing import Any
 
 import jax
 
@@ -61,7 +62,8 @@ def check_model(recipe: Recipe, model: Model) -> None:
 
   jax.tree.map(measure, model.shapes, model.logical_axes())
   for name in (name for name in DIVIDED if name in largest):
-    axis, size = dict(sharding.RULES)[name], largest[name]
+    axis: Any = dict(sharding.RULES)[name]  # of these names one each
+    size = largest[name]
     parts = max(getattr(recipe.mesh, axis), 1)
     if size % parts and (name != 'kv_heads' or parts % size):
       raise ValueError(

@@ -394,9 +394,10 @@ def test_an_unknown_backend_is_named(command, monkeypatch, capsys):
 
 def started(tmp_path: pathlib.Path) -> dict[str, str]:
   """An environment in which processes start soon."""
+  others = os.environ.get('PYTHONPATH', '')
   found = {
     **os.environ,
-    'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}',
+    'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}:{others}',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'xla'),
   }

@@ -54,7 +54,7 @@ def plan(
       names it.
   """
   base, checked = plain(base), set()
-  if not isinstance(base, Mapping):
+  if not isinstance(base, dict):
     raise ValueError(
       f'config={base!r:.80}: get_config() must return the config that rows'
       ' change'
