@@ -7,11 +7,14 @@ get_search(); SLURM or XPK, a dict, for those backends. See docs/ablations.md.
 """
 
 import argparse
+from collections.abc import Iterator
+import contextlib
 import os
 import runpy
 import shlex
 import subprocess
 import sys
+import traceback
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))
@@ -28,11 +31,13 @@ def load(path: str) -> dict[str, Any]:
   """The names that a sweep file defines.
 
   Raises:
-    ValueError: there is no such file, or a function is missing.
+    ValueError: there is no such file, it cannot be read, or a function is
+      missing.
   """
   if not os.path.isfile(path):
     raise ValueError(f'{path}: there is no such file')
-  found = runpy.run_path(path)
+  with reading(path):
+    found = runpy.run_path(path)
   rows = 'get_search' if 'get_search' in found else 'get_sweep'
   for name in ('get_config', rows):
     if not callable(found.get(name)):
@@ -40,6 +45,22 @@ def load(path: str) -> dict[str, Any]:
         f'{path} has no function {name}(): see docs/ablations.md'
       )
   return found
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+  """Say where in a sweep file something went wrong."""
+  try:
+    yield
+  except ValueError:  # says what is wrong by itself
+    raise
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    line = f', line {lines[-1]}' if lines else ''
+    raise ValueError(
+      f'{path}{line}: {type(error).__name__}: {error}: mend it there'
+    ) from error
 
 
 def main() -> None:
@@ -74,13 +95,15 @@ def parse() -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> int:
   """Run or submit what is not finished; the status of the process."""
   jax.config.update('jax_platforms', 'cpu')  # accelerators are for the workers
+  if flags.retries < 0:
+    raise ValueError(f'retries={flags.retries}: give at least 0')
   found, root = load(flags.sweep), os.path.abspath(flags.workdir)
   if 'get_search' in found:
     return search(flags, found, root)
-  rows = sweeps.plan(
-    found['get_config'](), found['get_sweep'](), root,
-    assemble=flags.backend != 'xpk',
-  )  # fmt: skip
+  with reading(flags.sweep):
+    base, rows = found['get_config'](), found['get_sweep']()
+    rows = [*rows] if isinstance(rows, Iterator) else rows
+  rows = sweeps.plan(base, rows, root, assemble=flags.backend != 'xpk')
   if flags.backend != 'local':
     return submit(flags, found, rows, root)
   if flags.dry_run:
@@ -106,13 +129,14 @@ def search(flags: argparse.Namespace, found: dict[str, Any], root: str) -> int:
       f'{flags.sweep} has get_search(), whose rows wait for one another: take'
       ' --backend=local, --workers=1 and no --dry-run'
     )
-  choices = found['get_search']()
+  with reading(flags.sweep):
+    base, choices = found['get_config'](), found['get_search']()
 
   def run_last(rows: list[Planned]) -> list[Planned]:
     with sweeps.claim(rows, root):
       return local.run(rows[-1:], num_workers=1, num_retries=flags.retries)
 
-  trials = searching.search(found['get_config'](), choices, root, run_last)
+  trials = searching.search(base, choices, root, run_last)
   best = searching.best(trials, choices)
   if best is None:
     print(f'all {len(trials)} rows failed: {root}')

@@ -13,6 +13,7 @@ from postrain.critics import check_vocabulary
 from postrain.environments import Environment
 from postrain.evaluator import Evaluator
 from postrain.learned_rewards import make_environment
+from postrain.mesh_checks import check_model
 from postrain.programs import Programs
 from postrain.recipe import make_recipe
 from postrain.rehearsal import Rehearsal
@@ -62,6 +63,7 @@ def assemble(config: Any, devices: Sequence[Any] | None = None) -> Assembly:
   check_assembly(recipe, environment, actor.model)
   check_lengths(recipe, environment, actor.max_length)
   if (critic := algorithm.critic) is not None:
+    check_model(recipe, critic.model)
     check_vocabulary(critic, environment.vocab_size)
     check_lengths(recipe, environment, critic.max_length)
   with sharding.on(mesh):

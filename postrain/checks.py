@@ -9,6 +9,7 @@ from postrain import advantages
 from postrain.binding import bind
 from postrain.critics import check_critic
 from postrain.environments import Environment
+from postrain.mesh_checks import check_mesh, num_row_shards
 from postrain.preference_checks import check_preference
 from postrain.preferring import comparisons
 from postrain.preparation import uses_reference
@@ -51,7 +52,8 @@ def check_assembly(
       "reference.memory='host', but nothing reads a reference: set kl.loss_coef"
       " or kl.reward_coef, or leave it 'device'"
     )
-  shards = recipe.mesh.data * recipe.mesh.fsdp * recipe.mesh.expert
+  check_mesh(recipe, environment, model)
+  shards = num_row_shards(recipe)
   if recipe.rl.num_iterations:
     _check_online(recipe, shards)
   _check_rows(recipe, environment)
@@ -261,7 +263,7 @@ def _check_shards(name: str, number: int, shards: int) -> None:
   if number % shards:
     raise ValueError(
       f'{name}: {number} do not divide over {shards} devices'
-      ' (mesh.data x mesh.fsdp x mesh.expert)'
+      ' (mesh.data x mesh.fsdp x mesh.expert): change the mesh or the batch'
     )
 
 

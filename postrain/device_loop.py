@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from postrain import actors, environments
+from postrain import actors, environments, sharding
 from postrain.adapted import trainable
 from postrain.algorithm import Algorithm, make_algorithm
 from postrain.batches import minibatch_rows
@@ -33,6 +33,8 @@ from postrain.types import (
   TrainState,
 )
 
+DRAWN = ('sort_policy', 'transformer')  # actors that begin as `Model.init` says
+
 
 def run(
   config: Any,
@@ -43,7 +45,8 @@ def run(
   """Run a config for each seed at once, inside one jit.
 
   The same functions as in `postrain.trainer.Trainer`, with two things left
-  out: supervised steps and dynamic sampling, which need the host.
+  out: supervised steps and dynamic sampling, which need the host. Parameters
+  are drawn by each seed, or those that the model of the config begins with.
 
   Args:
     config: as of a run; its environment must be a task.
@@ -65,8 +68,8 @@ def make(config: Any) -> Callable[..., Any]:
   """Make ``runs(seeds, hyperparameters)`` of `run`, compiled once a shape."""
   config = plain(config)
 
-  def one(seed: Array, values: dict[str, Array]) -> Any:
-    return _loop(_override(config, values), seed)
+  def one(seed: Array, values: dict[str, Array], given: Params | None) -> Any:
+    return _loop(_override(config, values), seed, given)
 
   compiled = make_jit()(jax.vmap(one))
 
@@ -74,15 +77,25 @@ def make(config: Any) -> Callable[..., Any]:
     seeds: Array, hyperparameters: Mapping[str, Array] | None = None
   ) -> Any:
     values = dict(hyperparameters or {})
-    _check(config, seeds, values)
-    return compiled(seeds, values)
+    actor = _checked(config, seeds, values)
+    return compiled(seeds, values, _given(config, actor, seeds))
 
   return runs
 
 
-def _check(
+def _given(config: dict[str, Any], actor: Any, seeds: Array) -> Params | None:
+  """The parameters that the runs begin with, where the loop draws none."""
+  if config['model']['name'] in DRAWN:
+    return None
+  places = sharding.param_shardings(sharding.make_mesh(), actor.model)
+  begun = [actor.init(run_key(seed, 'init'), places) for seed in seeds]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *begun)
+
+
+def _checked(
   config: dict[str, Any], seeds: Array, hyperparameters: dict[str, Array]
-) -> None:
+) -> Any:
+  """The actor of a config that the loop can run."""
   recipe = make_recipe(config)
   if any(map(is_reward_model, recipe.rewards.values())):
     raise ValueError(
@@ -106,10 +119,16 @@ def _check(
       )
   actor = bind(actors, recipe.model)(environment)
   check_assembly(recipe, environment, actor.model)
+  return actor
 
 
 def _check_choices(recipe: Recipe) -> None:
   """Refuse what one program cannot do."""
+  if wide := {k: n for k, n in vars(recipe.mesh).items() if n != 1}:
+    raise ValueError(
+      f'mesh with {wide}: the device loop runs on one device; set them to 1, or'
+      ' use the trainer'
+    )
   if recipe.num_offline_steps or recipe.filter.informative_only:
     raise ValueError(
       'the device loop has neither supervised steps nor dynamic sampling nor'
@@ -174,7 +193,7 @@ def _override(config: dict[str, Any], values: dict[str, Array]) -> dict:
   return config
 
 
-def _loop(config: dict[str, Any], seed: Array) -> Any:
+def _loop(config: dict[str, Any], seed: Array, given: Params | None) -> Any:
   recipe = make_recipe(config)
   environment: Environment = bind(environments, recipe.environment)(
     recipe.seed, recipe.rewards
@@ -184,7 +203,9 @@ def _loop(config: dict[str, Any], seed: Array) -> Any:
   algorithm = make_algorithm(
     recipe, actor.model, pad_id=task.pad_id, stop_ids=task.stop_ids
   )
-  params = {'actor': actor.model.init(run_key(seed, 'init'))}
+  if given is None:
+    given = actor.model.init(run_key(seed, 'init'))
+  params = {'actor': given}
   trained = trainable(params)
   reference = trained['actor'] if algorithm.uses_reference else None
   state = TrainState(

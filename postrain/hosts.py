@@ -6,6 +6,7 @@ of the same values by all. On one process all of it is what it would be without.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import itertools
 import os
 import pickle
 import signal
@@ -21,6 +22,17 @@ import numpy as np
 
 from postrain.rollouts import fetched, picked, taken
 from postrain.types import Prompts, Samples
+
+# What JAX reads of a step of Slurm.
+SLURM = (
+  'SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID',
+  'SLURM_LOCALID',
+)  # fmt: skip
+
+# Of asking whether to stop. The processes agree on the number after the last of
+# any of them, 1 where none has asked: steps of a run that goes on, or of the
+# second in these processes, could be past it or never come to it.
+_calls = itertools.count(1)
 
 Rewards = Callable[[Prompts, Samples], dict[str, np.ndarray]]
 
@@ -114,8 +126,8 @@ class Stopped(SystemExit):
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[Callable[[int], bool]]:
-  """Heed SIGTERM: gives (step) -> whether all processes stop after this step.
+def stopping() -> Iterator[Callable[[], bool]]:
+  """Heed SIGTERM: gives () -> whether all processes stop after this step.
 
   To be asked after every step, by all. One process stops after the step that it
   is at; several after one that they agree on.
@@ -123,15 +135,15 @@ def stopping() -> Iterator[Callable[[int], bool]]:
   if jax.process_count() > 1:
     from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-    yield reached_preemption_sync_point
+    yield lambda: reached_preemption_sync_point(next(_calls))
     return
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # signals are not for other threads
+    yield lambda: False  # signals are not for other threads
     return
   noticed = threading.Event()
   before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
   try:
-    yield lambda step: noticed.is_set()
+    yield noticed.is_set
   finally:
     signal.signal(signal.SIGTERM, before)
 
@@ -178,7 +190,9 @@ def joined(
     raise ValueError(
       f'heartbeat_seconds={heartbeat_seconds}: it must be at least 1'
     )
-  if not environment:
+  if environment:
+    _check_slurm(num_processes, process_id)
+  else:
     host, port = _address(coordinator, num_processes, process_id)
     if process_id:
       _knock(host, port, connect_seconds)
@@ -209,11 +223,38 @@ def _initialize(
       initialization_timeout=connect_seconds,
     )
   except (RuntimeError, ValueError) as error:
+    missing = [name for name in SLURM if name not in os.environ]
+    known = {name: os.environ[name] for name in SLURM if name not in missing}
+    seen = f'; Slurm has set {known}, but not {missing}' if known else ''
     raise ValueError(
-      f'the processes did not find each other ({error}); given were {given}:'
-      ' start all of them with one coordinator and one number, or, under a'
-      ' scheduler that JAX knows, with the flag distributed alone'
+      f'the processes did not find each other ({error}); given were'
+      f' {given}{seen}: start all of them with one coordinator and one number,'
+      ' or by a scheduler that JAX knows (srun) with the flag distributed alone'
     ) from error
+
+
+def _check_slurm(num_processes: int | None, process_id: int | None) -> None:
+  """Refuse numbers of a step of Slurm that are none, or not those given."""
+  if any(name not in os.environ for name in SLURM):
+    return
+  found = {}
+  for name, given in (
+    ('SLURM_NTASKS', num_processes),
+    ('SLURM_PROCID', process_id),
+  ):
+    value = os.environ[name]
+    if not value.isdecimal() or given not in (None, int(value)):
+      raise ValueError(
+        f'{name}={value!r}, given was {given}: start the processes with srun,'
+        ' and with the flag distributed alone'
+      )
+    found[name] = int(value)
+  number, count = found['SLURM_PROCID'], found['SLURM_NTASKS']
+  if number >= count:
+    raise ValueError(
+      f'SLURM_PROCID={number} of SLURM_NTASKS={count}: processes are numbered 0'
+      f' to {count - 1}; start them with srun'
+    )
 
 
 def _address(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from postrain import sharding
+from postrain import hosts, sharding
 from postrain.assembly import Assembly
 from postrain.environments import Environment, Units, rows_of
 from postrain.preferring import comparisons
@@ -61,10 +61,12 @@ class ReferenceTable:
     if begins:
       reference = state.params['actor']
       self._tables = [self._scored(reference, units) for units in given]
-      of_reference = _digest(jax.device_get(reference))
-      self._write(of_reference)
+      of_reference = _digest(reference)
+      if hosts.first():
+        self._write(of_reference)
     else:
-      of_reference = self._read()
+      with hosts.agreed():
+        of_reference = self._read()
     digest = _digest([of_reference, [x[:3] for x in given], self._tables])
     if begins:
       placed = jax.device_put(digest, state.ref_digest.sharding)
@@ -104,7 +106,7 @@ class ReferenceTable:
       arrays = [np.asarray(x)[rows] for x in units[:3]]
       placed = sharding.put_rows(self._programs.states.mesh, arrays)
       parts.append(self._programs.refer(reference, *placed))
-    return np.concatenate(jax.device_get(parts))[: len(units.tokens)]
+    return np.concatenate(sharding.on_host(parts))[: len(units.tokens)]
 
   def _write(self, of_reference: np.ndarray) -> None:
     part = f'{self._path}.part'
@@ -127,8 +129,9 @@ class ReferenceTable:
 
 
 def _digest(tree: Any) -> np.ndarray:
-  """SHA-256 of all leaves."""
+  """SHA-256 of all leaves, which are brought to the host one at a time."""
   found = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):
-    found.update(np.ascontiguousarray(leaf).tobytes())
+    leaf = np.ascontiguousarray(sharding.on_host(leaf))
+    found.update(leaf.tobytes())
   return np.frombuffer(found.digest(), np.uint32)

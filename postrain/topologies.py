@@ -29,6 +29,10 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
     ValueError: there is none of this name, or no compiler for it.
   """
   kind, _, shape = topology.partition(':')
+  if slices < 1 or (kind == 'cpu' and slices > 1):
+    raise ValueError(
+      f'--slices={slices} of --topology={topology}: give 1, or more of a TPU'
+    )
   if kind == 'cpu':
     if not shape.isdigit() or not int(shape):
       raise ValueError(f'--topology={topology}: cpu:N has N devices')

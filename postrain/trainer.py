@@ -116,7 +116,7 @@ class Trainer:
       for step in range(start, recipe.num_steps):
         state = self._step(state, step, report)
         done = step + 1
-        stop = stops(done) and done < recipe.num_steps
+        stop = stops() and done < recipe.num_steps
         due = done % recipe.checkpoint.every == 0 or done == recipe.num_steps
         if due or stop:
           report.flush()

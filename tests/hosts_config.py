@@ -4,7 +4,9 @@
 """
 
 import json
+import os
 import pathlib
+import time
 
 from ml_collections import ConfigDict
 
@@ -25,6 +27,12 @@ def write(folder: pathlib.Path) -> None:
   (folder / 'train.jsonl').write_text(text)
 
 
+def patient(completions: list, examples: list) -> list[float]:
+  """The length, after as many seconds as a test wants a step to last."""
+  time.sleep(float(os.environ.get('HOSTS_WAIT', '0')))
+  return [float(len(each.tokens)) for each in completions]
+
+
 def get_config(folder: str) -> ConfigDict:
   config = base.get_config()
   path = str(pathlib.Path(folder) / 'train.jsonl')
@@ -39,7 +47,7 @@ def get_config(folder: str) -> ConfigDict:
     num_kv_heads=1, head_dim=8, max_length=16,
   )  # fmt: skip
   config.rewards = dict(
-    length=dict(name='num_tokens', weight=0.1),
+    length=dict(name='hosts_config:patient', weight=0.1),
     finished=dict(name='finished', weight=1.0),
   )
   config.filter.informative_only = True
@@ -50,10 +58,9 @@ def get_config(folder: str) -> ConfigDict:
   config.sft.batch_size = 8
   config.rl.num_iterations = NUM_STEPS - 2
   config.rl.num_prompts = 8
-  config.evaluation = dict(
-    every=4, grader='finished', threshold=1.0, num_prompts=8, batch_size=8,
-    num_samples=0, ks=(1,),
-  )  # fmt: skip
+  config.evaluation.update(
+    every=4, grader='finished', num_prompts=8, batch_size=8
+  )
   config.checkpoint.every = SAVE_EVERY
   config.mesh.data, config.mesh.fsdp = 2, 4
   return config

@@ -6,6 +6,7 @@ python tests/hosts_program.py PORT PROCESS_ID DIRECTORY
 import contextlib
 import pathlib
 import sys
+from types import SimpleNamespace
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -15,7 +16,9 @@ import numpy as np
 
 from postrain import hosts, sharding
 from postrain.checkpoints import Checkpoints
-from postrain.types import Prompts, Samples
+from postrain.environments.record import Comparisons, Units
+from postrain.reference_table import ReferenceTable
+from postrain.types import Prompts, Samples, TrainState
 
 STEP = 5
 
@@ -60,6 +63,38 @@ def reward(prompts: Prompts, samples: Samples) -> dict[str, np.ndarray]:
   }
 
 
+def check_table(mesh: object, directory: str, index: int) -> None:
+  """Scores of all units are known to all, and written by the first alone."""
+  tokens = np.arange(8 * 3, dtype=np.int32).reshape(8, 3)
+  there = np.ones((8, 3), bool)
+  known = Comparisons(
+    unit_size=2, length=3, dtypes={}, units=None, lengths=lambda *_: {3},
+    held_out=None, all_units=lambda _: Units(tokens, there, there, {}),
+  )  # fmt: skip
+  choices = SimpleNamespace(
+    source='dataset', data='pairs', num_examples=4, batch_size=4,
+    num_micro_batches=1,
+  )  # fmt: skip
+  parts = (
+    SimpleNamespace(preference=choices),
+    SimpleNamespace(preferences=lambda _: known),
+    SimpleNamespace(
+      states=SimpleNamespace(mesh=mesh), judging=None,
+      refer=jax.jit(lambda params, tokens, *_: params['cut'][0, 0] + tokens),
+    ),
+  )  # fmt: skip
+  params = jax.jit(state, out_shardings=placed(mesh))()
+  blank = jax.device_put(np.zeros(8, np.uint32), sharding.replicated(mesh))
+  begun = TrainState(0, {'actor': params}, {}, ref_digest=blank)
+  own = pathlib.Path(directory, f'{index}.npz')
+  begun = ReferenceTable(*parts, str(own)).ready(begun, begins=True)
+  assert own.exists() == (index == 0)
+  hosts.meet()
+  table = ReferenceTable(*parts, str(own.with_name('0.npz')))
+  table.ready(begun, begins=False)
+  np.testing.assert_array_equal(table._tables[0], tokens)
+
+
 def main() -> None:
   port, index, directory = sys.argv[1:]
   with hosts.joined(
@@ -80,6 +115,7 @@ def main() -> None:
     make = jax.jit(state, out_shardings=placed(mesh))
     with contextlib.closing(Checkpoints(directory, keep=1)) as checkpoints:
       checkpoints.save(STEP, make())
+    check_table(mesh, directory, int(index))
     with contextlib.suppress(ValueError):
       sharding.make_mesh(data=4)
       raise RuntimeError('a mesh of half the devices was made')

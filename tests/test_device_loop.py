@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from configs import sort_documented
-from postrain import device_loop
+from postrain import device_loop, hub
+from postrain.models.transformer import Config, transformer
+from postrain.recipe import plain
+from postrain.tasks.arithmetic import CHARACTERS
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -127,3 +131,27 @@ def test_slots_are_refused():
 def test_demonstrations_beside_updates_are_refused():
   with pytest.raises(ValueError, match=r'ptx.coef=1.0.*set it to None'):
     device_loop.run(config(ptx__coef=1.0), seeds=SEEDS)
+
+
+def test_a_mesh_is_refused():
+  with pytest.raises(ValueError, match=r"mesh with {'data': 8}.*set them to 1"):
+    device_loop.run(config(mesh__data=8), seeds=SEEDS)
+
+
+def test_weights_of_a_directory_are_where_the_runs_begin(tmp_path, monkeypatch):
+  """The loop without its iterations, which would compile for ten seconds."""
+  monkeypatch.setattr(device_loop, '_iterate', lambda *x: (x[5], {}))
+  begun = plain(tiny.arithmetic())
+  begun['sft']['num_steps'] = 0
+  shape = {k: v for k, v in tiny.transformer().items() if k != 'name'}
+  network = Config(vocab_size=len(CHARACTERS), **shape)
+  params = jax.jit(transformer(network).init)(jax.random.key(9))
+  hub.save(tmp_path / 'model', network, params)
+  begun['model'] = dict(name='pretrained', directory=str(tmp_path / 'model'))
+  found, _ = device_loop.run(begun, seeds=SEEDS)
+  for (path, a), b in zip(
+    jax.tree.leaves_with_path(found['actor']), jax.tree.leaves(params),
+    strict=True,
+  ):  # fmt: skip
+    for run in a:
+      np.testing.assert_array_equal(run, b, err_msg=str(path))

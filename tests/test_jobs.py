@@ -50,6 +50,7 @@ xpk workload create \\
   --num-slices=2 \\
   --docker-image=gcr.io/me/postrain:latest \\
   --priority=medium \\
+  --termination-grace-period-seconds=120 \\
   --max-restarts=2 \\
   --restart-on-exit-codes=1,75 \\
   --zone=us-central1-a \\

@@ -14,7 +14,7 @@ import tiny
 
 from postrain import device_loop, hub, sharding, tokenizers
 from postrain.compilation import by_role
-from postrain.judges import make_environment
+from postrain.learned_rewards import make_environment
 from postrain.models.config import Config
 from postrain.models.heads import with_labels
 from postrain.models.transformer import transformer

@@ -6,11 +6,14 @@ import os
 import pathlib
 import pickle
 import random
+import subprocess
 import sys
+import time
 import types
 from typing import Any
 
 import pytest
+from test_sweeps import started
 import tiny
 
 from postrain.recipe import plain
@@ -183,11 +186,63 @@ def test_without_optuna_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_optuna_itself(tmp_path):
+  """Its first ten draws are random, the rest follow from what they reached."""
   pytest.importorskip('optuna')
-  short = searched(tmp_path / 'cut', finish, CHOICES._replace(number=2))
-  whole = searched(tmp_path / 'whole', finish)
-  cut = searched(tmp_path / 'cut', finish)
+  choices = CHOICES._replace(number=14)
+  short = searched(tmp_path / 'cut', finish, choices._replace(number=2))
+  searched(tmp_path / 'cut', finish, choices._replace(number=12))
+  whole = searched(tmp_path / 'whole', finish, choices)
+  cut = searched(tmp_path / 'cut', finish, choices)
   assert [t.planned.identity for t in cut] == [
     t.planned.identity for t in whole
   ]
   assert [t.value for t in cut[:2]] == [t.value for t in short]
+
+
+SEARCH = """
+import tiny
+from postrain import sweeps
+
+def get_config():
+  return tiny.sort()
+
+def get_search():
+  rates = sweeps.Range(1e-3, 1e-1, log=True)
+  return sweeps.Search(
+    {'rl.optimizer.learning_rate': rates}, figure='reward', number=3
+  )
+"""
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_ends_as_one_that_is_not(tmp_path):
+  pytest.importorskip('optuna')
+  (tmp_path / 'search.py').write_text(SEARCH)
+  program = [
+    sys.executable, tiny.ROOT / 'experiments' / 'sweep.py',
+    tmp_path / 'search.py',
+  ]  # fmt: skip
+  environment = started(tmp_path)
+  first = subprocess.Popen(
+    [*program, f'--workdir={tmp_path / "killed"}'], env=environment
+  )
+  while not list(tmp_path.glob('killed/rows/*/finished.json')):
+    assert first.poll() is None
+    time.sleep(0.02)
+  first.kill()
+  first.wait()
+  said = [
+    subprocess.run(
+      [*program, f'--workdir={tmp_path / name}'], env=environment, check=True,
+      capture_output=True, text=True,
+    ).stdout.splitlines()[-1]
+    for name in ('killed', 'whole')
+  ]  # fmt: skip
+  assert said[0] == said[1]
+  assert said[0].startswith('best reward ')
+  names = [
+    sorted(path.name for path in (tmp_path / name / 'rows').iterdir())
+    for name in ('killed', 'whole')
+  ]
+  assert names[0] == names[1]
+  assert len(names[0]) == 3

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -393,9 +394,10 @@ def test_an_unknown_backend_is_named(command, monkeypatch, capsys):
 
 def started(tmp_path: pathlib.Path) -> dict[str, str]:
   """An environment in which processes start soon."""
+  others = os.environ.get('PYTHONPATH', '')
   found = {
     **os.environ,
-    'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}',
+    'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}:{others}',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'xla'),
   }
@@ -419,6 +421,37 @@ def test_a_process_that_is_asked_to_stop_says_so_and_goes_on(tmp_path):
     assert not planned.finished
     subprocess.run(program, env=started(tmp_path), check=True)
     assert planned.finished
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_step_of_slurm_run_a_row_together(tmp_path):
+  """With the variables of srun, which JAX makes its port of."""
+  (planned,) = sweeps.plan(base(), [{'mesh.data': 4}], str(tmp_path))
+  with socket.create_server(('localhost', 0)) as server:
+    job = server.getsockname()[1] % 2**12
+  step = {
+    'SLURM_JOB_ID': str(job), 'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1',
+    'JAX_NUM_CPU_DEVICES': '2', 'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+  }  # fmt: skip
+  program = [sys.executable, '-m', 'postrain.sweeps.worker', '--distributed']
+  with sweeps.claim([planned], str(tmp_path)):
+    tasks = [
+      subprocess.Popen(
+        [*program, planned.directory],
+        env={
+          **started(tmp_path), **step,
+          'SLURM_PROCID': str(task), 'SLURM_LOCALID': str(task),
+        },
+      )
+      for task in range(2)
+    ]  # fmt: skip
+    try:
+      assert [task.wait(timeout=300) for task in tasks] == [0, 0]
+    finally:
+      for task in tasks:
+        task.kill()
+  assert planned.finished
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ class Xpk:
     name: the first part of a workload's name.
     num_slices: of a row.
     priority: very-low to very-high.
+    grace: seconds between the warning and the end; xpk's own are 30.
     project: None for the default of gcloud, as below.
     zone: of the cluster.
     python: the interpreter.
@@ -81,6 +82,7 @@ class Xpk:
   name: str = 'postrain'
   num_slices: int = 1
   priority: str = 'medium'
+  grace: int = 120
   project: str | None = None
   zone: str | None = None
   python: str = 'python'
@@ -90,7 +92,8 @@ def settings(schema: Any, given: Any, where: str) -> Any:
   """Make `Slurm` or `Xpk` of a dict.
 
   Raises:
-    ValueError: it is none, or a field is unknown, missing or ill-typed.
+    ValueError: it is none, or a field is unknown, missing, ill-typed or a
+      number below 1.
   """
   if not isinstance(given, Mapping):
     raise ValueError(
@@ -98,6 +101,9 @@ def settings(schema: Any, given: Any, where: str) -> Any:
       f' fields: {", ".join(f.name for f in dataclasses.fields(schema))}'
     )
   check_arguments(schema, given, where)
+  for name, value in given.items():
+    if isinstance(value, int) and value < 1:
+      raise ValueError(f'{where}: {name}={value}: it must be at least 1')
   return schema(**given)
 
 
@@ -164,8 +170,13 @@ def xpk(
     num_retries: restarts of a workload.
 
   Raises:
-    ValueError: a name that xpk refuses.
+    ValueError: a name that xpk refuses, or a workdir that pods cannot find.
   """
+  if not choices.workdir.startswith('/'):
+    raise ValueError(
+      f'XPK: workdir={choices.workdir!r}: give the path from the root, as pods'
+      ' see it'
+    )
   commands = []
   for directory in directories:
     workload = f'{choices.name}-{directory.rsplit("/", 1)[-1]}'
@@ -182,6 +193,7 @@ def xpk(
       'num-slices': choices.num_slices,
       'docker-image': choices.docker_image,
       'priority': choices.priority,
+      'termination-grace-period-seconds': choices.grace,
       'max-restarts': num_retries,
       'restart-on-exit-codes': f'1,{PREEMPTED}',
       'project': choices.project,

@@ -49,10 +49,16 @@ def plan(
       the files that configs name are on another machine.
 
   Raises:
-    ValueError: no rows, a row that is none, a field that the config has not, a
-      value that does not fit, two rows of one name or of one config; names it.
+    ValueError: no config, no rows, a row that is none, a field that the config
+      has not, a value that does not fit, two rows of one name or of one config;
+      names it.
   """
   base, checked = plain(base), set()
+  if not isinstance(base, dict):
+    raise ValueError(
+      f'config={base!r:.80}: get_config() must return the config that rows'
+      ' change'
+    )
   found: dict[str, Planned] = {}
   names: set[str] = set()
   if rows is None or isinstance(rows, str | Mapping):

@@ -113,18 +113,16 @@ def main() -> None:
     os.sched_setaffinity(0, {int(core) for core in flags.cores.split(',')})
   # A run can be killed anywhere, and goes on from its last checkpoint.
   signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
-  import jax
-
+  from postrain import hosts
   from postrain.compilation import use_cache
 
-  if flags.distributed:
-    jax.distributed.initialize()  # knows Slurm and GKE by their variables
-  _quiet()
-  use_cache()
-  for directory in flags.rows:
-    run_row(directory)
-  if not flags.rows:
-    _serve()
+  with hosts.joined(environment=flags.distributed):
+    _quiet()
+    use_cache()
+    for directory in flags.rows:
+      run_row(directory)
+    if not flags.rows:
+      _serve()
 
 
 def _quiet() -> None:
