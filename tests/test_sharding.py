@@ -1,5 +1,8 @@
 """Meshes: where parameters, moments and rows lie."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,3 +167,25 @@ def test_training_on_eight_devices_is_training_on_one():
   for name, figure in figures.items():
     assert metrics[name] == pytest.approx(figure, rel=1e-4, abs=1e-5), name
   assert all(layout == layouts[0] for layout in layouts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A TPU chip that is not here."""
+
+  id: int
+  coords: tuple[int, int, int]
+  platform: str = 'tpu'
+  device_kind: str = 'TPU v5'
+  core_on_chip: int = 0
+  process_index: int = 0
+
+
+@pytest.mark.parametrize('axis', ['expert', 'tensor'])
+def test_an_axis_may_take_a_part_of_a_side_of_the_torus(axis):
+  """Eight chips are no side of 4 x 4 x 4 and no plane of it."""
+  places = itertools.product(range(4), repeat=3)
+  chips = [Chip(i, place) for i, place in enumerate(places)]
+  mesh = sharding.make_mesh(**{'fsdp': -1, axis: 8}, devices=chips)
+  assert {chip.id for chip in mesh.devices.flat} == set(range(64))
+  assert mesh.shape[axis] == mesh.shape['fsdp'] == 8

@@ -37,13 +37,11 @@ def make_mesh(
   _check_all_take_part(shape, devices)
   if slices > 1:
     grid = _over_slices(shape, slices, devices)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-  return jax.make_mesh(
-    shape,
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices[: math.prod(shape)],
-  )
+  else:  # an axis may take a part of a side of the torus
+    grid = mesh_utils.create_device_mesh(
+      shape, devices[: math.prod(shape)], allow_split_physical_axes=True
+    )
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _filled(sizes: Mapping[str, int], available: int) -> dict[str, int]:
@@ -96,5 +94,6 @@ def _over_slices(
     )
   inner = (shape[0] // slices, *shape[1:])
   return mesh_utils.create_hybrid_device_mesh(
-    inner, (slices, *(1,) * len(shape[1:])), devices
-  )
+    inner, (slices, *(1,) * len(shape[1:])), devices,
+    allow_split_physical_axes=True,
+  )  # fmt: skip
