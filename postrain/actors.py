@@ -11,6 +11,7 @@ import jax
 from postrain import hub, peft
 from postrain.adapted import Adapted
 from postrain.binding import check_arguments
+from postrain.compilation import make_jit
 from postrain.environments import Environment
 from postrain.models import families
 from postrain.models.config import Config
@@ -284,6 +285,6 @@ def sort_policy(environment: Environment, *, embed_dim: int) -> Actor:
 
 def jitted_init(model: Model) -> Callable[[Any, Any], Params]:
   """Initialise under jit: eager bits differ."""
-  return lambda key, shardings: jax.jit(model.init, out_shardings=shardings)(
-    key
-  )
+  return lambda key, shardings: make_jit(once=True)(
+    model.init, out_shardings=shardings
+  )(key)

@@ -75,16 +75,21 @@ class Footprint(NamedTuple):
     return sum(self)
 
 
-def make_jit() -> Callable:
+def make_jit(*, once: bool = False) -> Callable:
   """Make a `jax.jit` for the platform of the mesh.
 
   Up to jax 0.10 the newer of two ways to write loops for CPUs compiles for
   twice as long, in twice the memory, what then runs no faster; later versions
   have one way.
+
+  Args:
+    once: what is compiled runs once, so that its speed matters less.
   """
-  if sharding.platform() != 'cpu' or jax.__version_info__ >= (0, 11):
-    return jax.jit
-  options = {'xla_cpu_use_fusion_emitters': False}
+  options: dict[str, Any] = {}
+  if sharding.platform() == 'cpu' and jax.__version_info__ < (0, 11):
+    options['xla_cpu_use_fusion_emitters'] = False
+  if sharding.platform() == 'cpu' and once:
+    options['xla_backend_optimization_level'] = 1
   return functools.partial(jax.jit, compiler_options=options)
 
 
