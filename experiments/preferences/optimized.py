@@ -23,6 +23,8 @@ from postrain.trainer import Trainer
 
 BIAS = 13.0
 TARGET = 1.0  # nats
+# The coefficient falls by a quarter before the KL, which begins at 0, is there.
+START = 0.8
 SETTLED = 20  # iterations until the coefficient has found it
 NUM_STEPS, NUM_ITERATIONS = 600, 120
 FIGURES = ('reward/gold', 'reward/judge', 'reference/kl_sequence')
@@ -53,7 +55,7 @@ def config_of(directory: str, seed: int, held: bool) -> Any:
   config.critic.network = dict(name='copied')
   config.critic.optimizer = base.adamw(learning_rate=1e-3)
   config.kl.estimator = dict(name='k1')
-  config.kl.reward_coef = 0.5 if held else 0.0
+  config.kl.reward_coef = START if held else 0.0
   if held:
     config.kl.controller = dict(
       name='adaptive_coef', target=TARGET, horizon=2000.0

@@ -20,6 +20,7 @@ from experiments.preferences import (
   margins,
   online,
   optimized,
+  rankings,
   scores,
   self_play,
 )
@@ -28,6 +29,7 @@ from postrain.compilation import use_cache
 
 PARTS = {
   'scores': scores,
+  'rankings': rankings,
   'direct': direct,
   'online': online,
   'self_play': self_play,

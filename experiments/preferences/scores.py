@@ -14,7 +14,7 @@ from postrain.types import Batch
 
 # Data, and units of a step: pairs, or rankings of four.
 LOSSES = {'bradley_terry': ('pairs', 256), 'plackett_luce': ('rankings', 128)}
-NUM_STEPS, NUM_PAIRS = 1000, 4096
+NUM_STEPS, NUM_PAIRS = 1500, 4096
 
 
 def config_of(loss: str, seed: int) -> Any:
