@@ -11,7 +11,7 @@ reward model of pairs, pays what that says, measures ``gold`` beside it, and the
 critic begins as the reward model. A minute or two each on two cores.
 
 Explained variance 0.96 in the last iteration, hidden reward of rollouts 0.445
-to 0.622; with the reward model 0.90, and 0.588 (seed 0).
+to 0.624; with the reward model 0.90, and 0.588 (seed 0).
 """
 
 from ml_collections import ConfigDict
