@@ -63,5 +63,7 @@ def test_only_scores_read_it(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_device_loop_has_no_host() -> None:
+  on_one = config('host', 'frozen')
+  on_one.mesh.data = 1
   with pytest.raises(ValueError, match="memory='host': the device loop is one"):
-    device_loop.run(config('host', 'frozen'), seeds=jax.numpy.arange(1))
+    device_loop.run(on_one, seeds=jax.numpy.arange(1))
