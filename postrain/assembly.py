@@ -51,7 +51,7 @@ def assemble(config: Any, devices: Sequence[Any] | None = None) -> Assembly:
   mesh = sharding.make_mesh(devices=devices, **vars(recipe.mesh))
   recipe = recipe.on(mesh.shape)
   environment, judges = make_environment(recipe, mesh)
-  with sharding.on(mesh):  # which attention there is, its devices tell
+  with sharding.on(mesh):  # which attention and compiler, its devices tell
     actor = bind(actors, recipe.model)(environment)
     algorithm = make_algorithm(
       recipe,
@@ -60,13 +60,12 @@ def assemble(config: Any, devices: Sequence[Any] | None = None) -> Assembly:
       stop_ids=environment.stop_ids,
       prompt_length=environment.prompt_length,
     )
-  check_assembly(recipe, environment, actor.model)
-  check_lengths(recipe, environment, actor.max_length)
-  if (critic := algorithm.critic) is not None:
-    check_model(recipe, critic.model)
-    check_vocabulary(critic, environment.vocab_size)
-    check_lengths(recipe, environment, critic.max_length)
-  with sharding.on(mesh):
+    check_assembly(recipe, environment, actor.model)
+    check_lengths(recipe, environment, actor.max_length)
+    if (critic := algorithm.critic) is not None:
+      check_model(recipe, critic.model)
+      check_vocabulary(critic, environment.vocab_size)
+      check_lengths(recipe, environment, critic.max_length)
     states = States(recipe, actor, algorithm, mesh)
     evaluator = Evaluator(recipe, actor.model, environment)
     programs = Programs(recipe, environment, algorithm, states, evaluator)

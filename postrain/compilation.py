@@ -85,10 +85,12 @@ def make_jit(*, once: bool = False) -> Callable:
   Args:
     once: what is compiled runs once, so that its speed matters less.
   """
+  if sharding.platform() != 'cpu':
+    return jax.jit
   options: dict[str, Any] = {}
-  if sharding.platform() == 'cpu' and jax.__version_info__ < (0, 11):
+  if jax.__version_info__ < (0, 11):
     options['xla_cpu_use_fusion_emitters'] = False
-  if sharding.platform() == 'cpu' and once:
+  if once:
     options['xla_backend_optimization_level'] = 1
   return functools.partial(jax.jit, compiler_options=options)
 
