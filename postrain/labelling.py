@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import itertools
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -28,6 +27,7 @@ from postrain.rewards.scores import score_completions
 from postrain.sampling import extend, sample
 from postrain.step_labels import cut_after_steps
 from postrain.types import Completion, RewardFn, Samples
+from postrain.workdir import replacing
 
 FILE = 'steps.jsonl'
 
@@ -246,7 +246,5 @@ def _join(parts: Sequence[pathlib.Path], path: pathlib.Path) -> None:
 
 
 def _write(path: pathlib.Path, lines: Sequence[str]) -> None:
-  """Whole or not at all."""
-  part = path.with_suffix('.unfinished')
-  part.write_text(''.join(f'{line}\n' for line in lines))
-  os.replace(part, path)
+  with replacing(path) as file:
+    file.writelines(f'{line}\n'.encode() for line in lines)

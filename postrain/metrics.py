@@ -8,6 +8,7 @@ import types
 from typing import Any, Protocol, runtime_checkable
 
 from postrain.console import Console, StepTimer
+from postrain.workdir import replacing
 
 __all__ = [
   'Console',
@@ -89,8 +90,7 @@ def truncate(path: str | os.PathLike, step: int) -> None:
   """
   if not os.path.exists(path):
     return
-  temporary = f'{os.fspath(path)}.tmp'
-  with open(temporary, 'wb') as file:
+  with replacing(path) as file:
     for line, row in _complete_lines(path):
       if 'step' not in row:
         raise ValueError(
@@ -99,9 +99,6 @@ def truncate(path: str | os.PathLike, step: int) -> None:
         )
       if row['step'] < step:
         file.write(line)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 class TensorBoard:
@@ -201,9 +198,8 @@ def curves(
     panel.set_ylabel(key)
     panel.grid(alpha=0.3)
   panels[-1].set_xlabel('step')
-  temporary = f'{os.fspath(out_png)}.tmp'
-  figure.savefig(temporary, format='png', dpi=120)
-  os.replace(temporary, out_png)
+  with replacing(out_png) as file:
+    figure.savefig(file, format='png', dpi=120)
   return True
 
 

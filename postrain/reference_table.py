@@ -7,7 +7,6 @@ run that goes on knows its own.
 
 import dataclasses
 import hashlib
-import os
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from postrain.preferring import comparisons
 from postrain.programs import Programs
 from postrain.recipe import Recipe
 from postrain.types import Params, TrainState
+from postrain.workdir import replacing
 
 
 def make_table(parts: Assembly, path: str) -> 'ReferenceTable | None':
@@ -109,12 +109,8 @@ class ReferenceTable:
     return np.concatenate(sharding.on_host(parts))[: len(units.tokens)]
 
   def _write(self, of_reference: np.ndarray) -> None:
-    part = f'{self._path}.part'
-    with open(part, 'wb') as f:
+    with replacing(self._path) as f:
       np.savez(f, of_reference, *self._tables)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(part, self._path)
 
   def _read(self) -> np.ndarray:
     try:

@@ -1,6 +1,6 @@
 """A run's directory: who it belongs to and what stands in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import importlib.metadata
 import json
@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import IO, Any
 
 FILES = ('metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
 # What changes no bit of what a run ends with: blocks of a config, and fields.
@@ -126,15 +126,21 @@ def without(config: Any, where: str = '') -> Any:
   }
 
 
-def write_json(path: str, record: Any) -> None:
-  """Write a JSON file whole or not at all."""
-  part = f'{path}.part'
-  with open(part, 'w') as f:
-    json.dump(record, f, indent=2, default=str)
-    f.write('\n')
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+  """A file that takes the place of another, whole or not at all."""
+  part = f'{os.fspath(path)}.part'
+  with open(part, 'wb') as f:
+    yield f
     f.flush()
     os.fsync(f.fileno())
   os.replace(part, path)
+
+
+def write_json(path: str, record: Any) -> None:
+  """Write a JSON file whole or not at all."""
+  with replacing(path) as f:
+    f.write(f'{json.dumps(record, indent=2, default=str)}\n'.encode())
 
 
 def commit() -> str | None:
