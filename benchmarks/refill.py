@@ -4,8 +4,9 @@
 
 A random model, float32, whose every 1 / mean-th token is a stop token, so that
 lengths are geometric with a mean of a quarter of the limit. The plain loop
-samples all sequences at once, or as many as there are slots at a time; each
-lasts until its longest sequence ends. All sides give the same tokens before
+samples all sequences at once, also with a cache that grows through four sizes,
+or as many as there are slots at a time; each lasts until its longest sequence
+ends. All sides give the same tokens before
 they are timed. One thread, process CPU seconds, sides in turn, least of the
 repeats; the ratio is that to the better plain side.
 """
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from postrain.compilation import make_jit
 from postrain.models.config import Config
 from postrain.models.transformer import transformer
 from postrain.sampling import sample, sample_in_slots
@@ -67,9 +69,9 @@ def sides(shape: str, num_prompts: int, num_samples: int, num_slots: int,
         jax.random.key(2), prompt_ids=prompt_ids, **options, **more,
       )  # fmt: skip
 
-    return jax.jit(run)
+    return make_jit()(run)
 
-  plain = jitted(sample)
+  plain, growing = jitted(sample), jitted(sample, num_cache_sizes=4)
   slots = jitted(
     sample_in_slots, num_slots=num_slots, num_halvings=num_halvings
   )
@@ -85,6 +87,7 @@ def sides(shape: str, num_prompts: int, num_samples: int, num_slots: int,
 
   found = {'slots': lambda: slots(params, prompts, ids)}
   found['plain, all at once'] = lambda: plain(params, prompts, ids)
+  found['plain, growing cache'] = lambda: growing(params, prompts, ids)
   if size < num_prompts:
     found[f'plain, {size * num_samples} at a time'] = in_batches
   return found

@@ -99,6 +99,7 @@ def run_config(
   config.kl.loss_coef = BETA
   config.sampling.num_samples = shape.num_samples
   config.sampling.max_new_tokens = shape.completion_length
+  config.sampling.num_cache_sizes = 4
   optimizer = base.adamw(learning_rate=LEARNING_RATE, b2=0.999)
   steps = 100_000  # the program is ended long before
   config.preference.num_steps = steps if job.startswith('dpo') else 0

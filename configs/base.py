@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
         top_k=config_dict.placeholder(int),
         top_p=config_dict.placeholder(float),
         min_p=config_dict.placeholder(float),
+        num_cache_sizes=1,
         num_slots=config_dict.placeholder(int),
         num_halvings=3,
       ),

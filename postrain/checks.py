@@ -88,6 +88,7 @@ def _check_online(recipe: Recipe, shards: int) -> None:
   check_critic(recipe)
   _check_rescoring(recipe)
   _check_versions(recipe)
+  _check_growth(recipe)
   rows = recipe.rl.num_prompts * recipe.sampling.num_samples
   micro = rows // recipe.rl.num_minibatches // recipe.rl.num_micro_batches
   part = recipe.rl.num_prompts // recipe.sampling.num_parts
@@ -265,6 +266,17 @@ def _check_shards(name: str, number: int, shards: int) -> None:
       f'{name}: {number} do not divide over {shards} devices'
       ' (mesh.data x mesh.fsdp x mesh.expert): change the mesh or the batch'
     )
+
+
+def _check_growth(recipe: Recipe) -> None:
+  sampling = recipe.sampling
+  for field in ('num_slots', 'carry_over'):
+    value = getattr(sampling, field)
+    if value is not None and sampling.num_cache_sizes > 1:
+      raise ValueError(
+        f'sampling.num_cache_sizes={sampling.num_cache_sizes} with sampling.'
+        f'{field}={value}, whose cache does not grow: set it to 1'
+      )
 
 
 def _check_slots(recipe: Recipe, shards: int) -> None:

@@ -23,7 +23,7 @@ def make_sample(
       choices, num_samples=1, temperature=0, top_k=None, top_p=None, min_p=None
     )
 
-  how = sample
+  how = functools.partial(sample, num_cache_sizes=choices.num_cache_sizes)
   if choices.num_slots is not None:
     how = functools.partial(
       sample_in_slots,

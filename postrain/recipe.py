@@ -161,7 +161,9 @@ def _check_positive(recipe: Recipe) -> None:
     'logging': ('table_every',),
   }
   wanted = {
-    'sampling': ('num_samples', 'num_parts', 'max_new_tokens'),
+    'sampling': (
+      'num_samples', 'num_parts', 'max_new_tokens', 'num_cache_sizes',
+    ),
     'rl': (
       'num_prompts', 'num_epochs', 'num_minibatches', 'num_micro_batches',
       'num_score_slices',

@@ -81,6 +81,7 @@ class Sampling:
   top_k: int | None
   top_p: Scalar | None
   min_p: Scalar | None
+  num_cache_sizes: int  # of completions: the cache grows through them
   num_slots: int | None  # that are refilled as sequences end; None for a loop
   num_halvings: int  # of the slots, when no sequence waits
 

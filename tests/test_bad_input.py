@@ -77,6 +77,7 @@ FIELDS = [
   ('sort', {'sampling.min_p': 2.0}, 'min_p=2.0'),
   ('sort', {'sampling.top_k': 0}, 'top_k=0: it must be at least 1'),
   ('sort', {'sampling.num_slots': 0}, 'num_slots=0: it must be at least 1'),
+  ('sort', {'sampling.num_cache_sizes': 0}, 'num_cache_sizes=0: it must be'),
   ('sort', {'sampling.num_halvings': -1}, 'num_halvings=-1: it must be at le'),
   ('sort', {'sampling.num_slots': 2}, 'cannot be refilled: sample without sl'),
   (
@@ -108,6 +109,17 @@ FIELDS = [
     'arithmetic',
     {'sampling.carry_over': 1, 'sampling.num_slots': 8},
     'num_slots=8 with sampling.carry_over=1',
+  ),
+  *(
+    (
+      'arithmetic',
+      {'sampling.num_cache_sizes': 2, **other},
+      f'num_cache_sizes=2 with {name}, whose cache does not gr',
+    )
+    for other, name in (
+      ({'sampling.num_slots': 8}, 'sampling.num_slots=8'),
+      ({'sampling.carry_over': 1}, 'sampling.carry_over=1'),
+    )
   ),
   ('sort', {'sampling.max_new_tokens': 5}, 'max_new_tokens=3'),
   ('sort', {'kl.estimator.name': 'k1', 'kl.loss_coef': 0.1}, 'k1 in the loss'),

@@ -67,6 +67,12 @@ def test_slots_give_what_the_plain_loop_gives():
     assert len(np.unique(expected.mask.sum(1))) > 3
 
 
+@pytest.mark.parametrize('number', [2, 3, 99])
+def test_a_cache_that_grows_changes_no_token(number):
+  for seed in range(4):
+    assert_same(loop(seed, num_cache_sizes=number), loop(seed))
+
+
 def test_more_slots_than_sequences_and_what_filters_kept():
   options = dict(top_k=6, top_p=0.8, min_p=0.1, record_kept=True)
   assert_same(slots(num_slots=99, num_halvings=0, **options), loop(**options))

@@ -126,11 +126,16 @@ def test_export_holds_the_trained_bits(
   assert equal(loaded.params, state.params['actor'])
 
 
-def test_slots_change_no_completion(
-  whole: tuple[pathlib.Path, TrainState], tmp_path: pathlib.Path
+@pytest.mark.parametrize(
+  'changes', [dict(num_slots=3, num_halvings=1), dict(num_cache_sizes=2)]
+)
+def test_no_way_of_sampling_changes_a_completion(
+  changes: dict[str, int],
+  whole: tuple[pathlib.Path, TrainState],
+  tmp_path: pathlib.Path,
 ) -> None:
   config = tiny.arithmetic()
-  config.sampling.num_slots, config.sampling.num_halvings = 3, 1
+  config.sampling.update(changes)
   config.evaluation.every = 0
   run(config, tmp_path)
   drawn = ('prompt', 'completion', 'reward')

@@ -43,6 +43,7 @@ def sample(
   max_new_tokens: int,
   stop_ids: Sequence[int],
   pad_id: int,
+  num_cache_sizes: int = 1,
   temperature: Scalar = 1.0,
   top_k: int | None = None,
   top_p: Scalar | None = None,
@@ -68,6 +69,8 @@ def sample(
     max_new_tokens: slots of a completion, ``T``.
     stop_ids: tokens that end a completion; they are kept and in the mask.
     pad_id: fills the slots after the end.
+    num_cache_sizes: that the cache of completions grows through, in equal
+      steps; each compiles the loop anew.
     temperature: divides the logits; 0 is greedy.
     top_k: candidates kept, None for all.
     top_p: probability mass kept, in (0, 1], None for all.
@@ -79,6 +82,9 @@ def sample(
 
   Returns:
     Samples of ``B = P * num_samples`` rows, the samples of a prompt together.
+
+  Raises:
+    ValueError: ``record_kept`` without ``top_k``, or a number is too small.
   """
   check_bounded(record_kept, top_k)
   if prompt_ids is None:
@@ -99,11 +105,12 @@ def sample(
   buffers = empty_samples(first, model_logprobs, max_new_tokens, pad_id)
   buffers = with_experts(buffers, prompt_mask, routing)
   done = jnp.zeros(len(keys), bool)
+  empty = functools.partial(model.empty_cache, len(keys), prefix=prefix)
   state = _Loop(
     step=jnp.int32(1),
     last=first.tokens.astype(prompts.dtype),
     done=jnp.isin(first.tokens, stops),
-    cache=model.empty_cache(len(keys), max(max_new_tokens - 1, 1), prefix),
+    cache=None,
     samples=_write(buffers, jnp.int32(0), first, model_logprobs, done),
   )
 
@@ -123,11 +130,39 @@ def sample(
       samples=_write(samples, loop.step, drawn, model_logprobs, loop.done),
     )
 
-  def unfinished(loop: _Loop) -> Array:
-    return (loop.step < max_new_tokens) & ~loop.done.all()
+  return _decoded(decode, state, empty, max_new_tokens, num_cache_sizes)
 
-  final = jax.lax.while_loop(unfinished, decode, state)
-  return final.samples._replace(truncated=~final.done)
+
+def _cache_sizes(max_new_tokens: int, number: int) -> list[int]:
+  """Slots for completions, in equal steps up to all but their last token."""
+  if number < 1:
+    raise ValueError(f'num_cache_sizes={number}: it must be at least 1')
+  slots = max(max_new_tokens - 1, 1)
+  number = min(number, slots)
+  return [-(-slots * (i + 1) // number) for i in range(number)]
+
+
+def _decoded(
+  decode: Callable[[_Loop], _Loop], loop: _Loop,
+  empty: Callable[[int], Any], max_new_tokens: int, num_cache_sizes: int,
+) -> Samples:  # fmt: skip
+  """Run until all have ended, in a cache of one size after the other."""
+
+  def put(new: Array, old: Array) -> Array:
+    return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+  def goes(end: int, loop: _Loop) -> Array:
+    return (loop.step < end) & ~loop.done.all()
+
+  for size in _cache_sizes(max_new_tokens, num_cache_sizes):
+    cache = empty(size)
+    if loop.cache is not None:  # it moves to the start of the longer one
+      cache = jax.tree.map(put, cache, loop.cache)
+    end = min(size + 1, max_new_tokens)  # the first token needs no slot
+    loop = jax.lax.while_loop(
+      functools.partial(goes, end), decode, loop._replace(cache=cache)
+    )
+  return loop.samples._replace(truncated=~loop.done)
 
 
 def served(model: Model, params: Any) -> Any:
