@@ -13,6 +13,7 @@ from postrain import aggregation, losses, objectives, optimizers, sharding
 from postrain.models.heads import scalar_head
 from postrain.models.transformer import Config, transformer
 from postrain.models.wrap import plain
+from postrain.sharding import rules
 from postrain.train_step import finish, make_train_step
 from postrain.types import Batch, TrainState
 
@@ -93,6 +94,22 @@ def test_moments_lie_as_their_parameters_do():
     ):
       assert m.sharding == p.sharding
   assert adam.count.sharding == sharding.replicated(mesh)
+
+
+def test_a_sum_that_is_scattered_in_two_steps_lies_as_in_one(monkeypatch):
+  monkeypatch.setattr(rules, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(rules, 'MAX_SCATTERED', 2)
+  x = jnp.arange(16.0 * 8).reshape(16, 8)
+  for sizes in ({'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'fsdp': 4, 'tensor': 2}):
+    mesh = sharding.make_mesh(**sizes)
+    with sharding.on(mesh):
+      found, expected = (
+        jax.jit(lambda x, lie=lie: lie(x.T @ x, ('width', 'mlp')))(x)
+        for lie in (sharding.scattered, sharding.constrained)
+      )
+    assert parts(found) == parts(expected)
+    assert found.sharding.is_equivalent_to(expected.sharding, 2)
+    np.testing.assert_array_equal(found, x.T @ x)
 
 
 def test_rows_are_cut_over_data_and_fsdp():

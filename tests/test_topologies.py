@@ -107,6 +107,7 @@ def test_a_missing_constraint_is_caught(monkeypatch, capsys):
 
   monkeypatch.setitem(topologies.MEMORY, 'cpu', 1.2 * held['total'] / 2**30)
   monkeypatch.setattr(sharding, 'constrained', lambda x, axes: x)
+  monkeypatch.setattr(sharding, 'scattered', lambda x, axes: x)
   monkeypatch.setattr(
     sharding, 'over_rows', lambda fn, whole, rows, **_: fn(whole, *rows)
   )
@@ -148,13 +149,21 @@ def test_the_tables_of_the_page_are_those_of_the_files(table, capsys):
 @pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason='no compiler for TPUs'
 )
-def test_for_a_tpu():
+@pytest.mark.parametrize(
+  ('topology', 'changes'),
+  [
+    ('v5e:2x2', ['model.attention=splash']),
+    # More than XLA scatters in one step.
+    ('v6e:8x8', ['rl.num_micro_batches=4', 'rl.num_score_slices=4']),
+  ],
+)
+def test_for_a_tpu(topology, changes):
   """In a process of its own: the compiler's library stays loaded."""
   found = subprocess.run(
     [
-      sys.executable, 'experiments/compile_for.py', '--topology=v5e:2x2',
+      sys.executable, 'experiments/compile_for.py', f'--topology={topology}',
       '--programs=update', '--config=configs/scaling.py:miniature',
-      '--config.model.attention=splash',
+      *(f'--config.{change}' for change in changes),
     ],
     cwd=tiny.ROOT, check=True, capture_output=True, text=True,
   )  # fmt: skip

@@ -69,7 +69,7 @@ def _gathered_backward(
   # Lies as the parameter does, so that it is scattered as it is summed. The
   # transpose of the constraint would ask for all of it on every device.
   del residual
-  return (sharding.constrained(gradient, axes),)
+  return (sharding.scattered(gradient, axes),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

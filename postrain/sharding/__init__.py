@@ -32,6 +32,7 @@ from postrain.sharding.rules import (
   on,
   over_rows,
   platform,
+  scattered,
   sum_over_shards,
 )
 
@@ -62,6 +63,7 @@ __all__ = [
   'put_rows',
   'replicated',
   'rows',
+  'scattered',
   'shardings',
   'sum_over_shards',
 ]

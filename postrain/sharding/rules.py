@@ -10,7 +10,7 @@ from typing import Any
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Logical axis -> mesh axes. Logical names are all that models know. What a mesh
 # axis does follows: `data` repeats the model, `fsdp` cuts its parameters and
@@ -51,25 +51,30 @@ SAMPLING = tuple(
   }.items()
 )
 
-_platforms: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-  'platform', default=None
+# TPUs of an axis over which XLA sums and cuts in one; over more it sums for all
+# and cuts afterwards, which is twice as much to send.
+MAX_SCATTERED = 32
+
+_meshes: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
+  'mesh', default=None
 )
 
 
 @contextlib.contextmanager
 def on(mesh: Mesh) -> Any:
   """Trace and run under a mesh, with the rules for logical axes."""
-  token = _platforms.set(mesh.devices.flat[0].platform)
+  token = _meshes.set(mesh)
   try:
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
       yield
   finally:
-    _platforms.reset(token)
+    _meshes.reset(token)
 
 
 def platform() -> str:
   """What programs are made for: the devices of the mesh, here or elsewhere."""
-  return _platforms.get() or jax.default_backend()
+  mesh = _meshes.get()
+  return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
 def for_sampling(fn: Callable) -> Callable:
@@ -90,12 +95,46 @@ def constrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   Mesh axes that do not divide it are left out, as are those that a function of
   one device's part has no say in.
   """
+  if (spec := _spec(x, axes)) is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def scattered(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """`constrained`, for a sum over devices: each gets its part alone.
+
+  Over a wide axis of TPUs in two steps, the second within the first.
+  """
+  spec, mesh = _spec(x, axes), _meshes.get()
+  if (
+    spec
+    and mesh
+    and platform() == 'tpu'
+    and mesh.shape.get('fsdp', 1) > MAX_SCATTERED
+    and not jax.sharding.get_abstract_mesh().manual_axes
+  ):
+    first = NamedSharding(_with_halves(mesh), spec)
+    x = jax.lax.with_sharding_constraint(x, first)
+  return constrained(x, axes)
+
+
+def _spec(x: jax.Array, axes: tuple[str | None, ...]) -> PartitionSpec | None:
+  """How an array is cut; None where nothing is."""
   mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
   if not rules or mesh.size == 1:
-    return x
+    return None
   names = {name: _free(mesh, where) for name, where in rules}
-  spec = fitting(mesh, x.shape, [names[a] if a else None for a in axes])
-  return jax.lax.with_sharding_constraint(x, spec)
+  return fitting(mesh, x.shape, [names[a] if a else None for a in axes])
+
+
+def _with_halves(mesh: Mesh) -> Mesh:
+  """The mesh with ``fsdp`` as two axes, of which the first has its name."""
+  size, at = mesh.shape['fsdp'], mesh.axis_names.index('fsdp')
+  outer = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+  shape = [*mesh.devices.shape[:at], outer, -1, *mesh.devices.shape[at + 1 :]]
+  names = [*mesh.axis_names[: at + 1], 'inner', *mesh.axis_names[at + 1 :]]
+  kinds = (jax.sharding.AxisType.Auto,) * len(names)
+  return Mesh(mesh.devices.reshape(shape), names, axis_types=kinds)
 
 
 def _free(mesh: Any, axes: Any) -> tuple[str, ...]:
