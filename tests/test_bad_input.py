@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import tiny
 
-from postrain import hub, tokenizers
+from postrain import hub, sharding, tokenizers
+from postrain.environments import Environment
+from postrain.learned_rewards import make_environment
 from postrain.models.config import Config
 from postrain.models.transformer import transformer
-from postrain.recipe import plain
+from postrain.recipe import make_recipe, plain
 from postrain.trainer import Trainer
 
 quick_compiler = tiny.quick_compiler
@@ -504,6 +506,10 @@ def test_rewards_that_fail(tmp_path: pathlib.Path) -> None:
   config = tiny.text(tmp_path)
   directory = tmp_path / 'run'
   trainer = Trainer(config, str(directory))
+
+  def environment() -> Environment:
+    return make_environment(make_recipe(config), sharding.make_mesh())[0]
+
   for name, message in (
     ('raising', "'length' raised KeyError: 'answer'"),
     ('undefined', "'length' returned nan for row 0"),
@@ -511,14 +517,13 @@ def test_rewards_that_fail(tmp_path: pathlib.Path) -> None:
     ('silent', "'length' returned None for row 0"),
   ):
     config.rewards.length.name = f'tiny:{name}'
-    broken = Trainer(config, str(tmp_path / name))
-    trainer.environment = broken.environment  # compiled once for all
+    trainer.environment = environment()  # compiled once for all
     with pytest.raises(ValueError, match=message):
       trainer.run()
     assert not directory.exists()
   with config.environment.unlocked():
     config.environment.num_workers = 1
-  trainer.environment = Trainer(config, str(tmp_path / 'apart')).environment
+  trainer.environment = environment()
   with pytest.raises(ValueError, match="'length' returned None for row 0"):
     trainer.run()
   assert not directory.exists()

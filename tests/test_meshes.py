@@ -207,10 +207,12 @@ def test_more_devices_bring_no_other_kind_of_traffic(axis):
 
 def drawn(kind, sizes):
   model, mesh = model_of(kind), sharding.make_mesh(**sizes)
+  # Made on no mesh, for they are kept for all.
+  prompts, mask = batch().tokens[:, :PROMPT], batch().valid[:, :PROMPT]
+  params = params_of(kind)['actor']
   with sharding.on(mesh):
     places = sharding.param_shardings(mesh, model)
-    params = jax.device_put(params_of(kind)['actor'], places)
-    prompts, mask = batch().tokens[:, :PROMPT], batch().valid[:, :PROMPT]
+    params = jax.device_put(params, places)
     program = jax.jit(
       sharding.for_sampling(
         functools.partial(
