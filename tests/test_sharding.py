@@ -96,20 +96,27 @@ def test_moments_lie_as_their_parameters_do():
   assert adam.count.sharding == sharding.replicated(mesh)
 
 
-def test_a_sum_that_is_scattered_in_two_steps_lies_as_in_one(monkeypatch):
+def test_a_step_between_whole_and_cut_changes_nothing(monkeypatch):
   monkeypatch.setattr(rules, 'platform', lambda: 'tpu')
-  monkeypatch.setattr(rules, 'MAX_SCATTERED', 2)
-  x = jnp.arange(16.0 * 8).reshape(16, 8)
+  monkeypatch.setattr(rules, 'MAX_IN_ONE_STEP', 2)
+  x, axes = jnp.arange(16.0 * 8).reshape(16, 8), ('width', 'mlp')
   for sizes in ({'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'fsdp': 4, 'tensor': 2}):
     mesh = sharding.make_mesh(**sizes)
+
+    def product(x):
+      return sharding.constrained(sharding.halfway(x.T @ x, axes), axes)
+
+    def whole(x):
+      return sharding.constrained(sharding.halfway(x, axes), (None, None))
+
     with sharding.on(mesh):
-      found, expected = (
-        jax.jit(lambda x, lie=lie: lie(x.T @ x, ('width', 'mlp')))(x)
-        for lie in (sharding.scattered, sharding.constrained)
-      )
-    assert parts(found) == parts(expected)
-    assert found.sharding.is_equivalent_to(expected.sharding, 2)
+      half = jax.jit(lambda x: sharding.halfway(x.T @ x, axes))(x)
+      found = jax.jit(product)(x)
+      again = jax.jit(whole)(found)
+    assert parts(half)[0] == 2
+    assert parts(found) == (mesh.shape['fsdp'], mesh.shape['tensor'])
     np.testing.assert_array_equal(found, x.T @ x)
+    np.testing.assert_array_equal(again, found)
 
 
 def test_rows_are_cut_over_data_and_fsdp():

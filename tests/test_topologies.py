@@ -107,7 +107,6 @@ def test_a_missing_constraint_is_caught(monkeypatch, capsys):
 
   monkeypatch.setitem(topologies.MEMORY, 'cpu', 1.2 * held['total'] / 2**30)
   monkeypatch.setattr(sharding, 'constrained', lambda x, axes: x)
-  monkeypatch.setattr(sharding, 'scattered', lambda x, axes: x)
   monkeypatch.setattr(
     sharding, 'over_rows', lambda fn, whole, rows, **_: fn(whole, *rows)
   )

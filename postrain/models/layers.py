@@ -54,7 +54,7 @@ def used(param: Any, axes: tuple[str | None, ...], dtype: Any) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(param: Array, axes: tuple[str | None, ...]) -> Array:
   whole = tuple('embed' if axis == 'width' else axis for axis in axes)
-  return sharding.constrained(param, whole)
+  return sharding.constrained(sharding.halfway(param, axes), whole)
 
 
 def _gathered_forward(
@@ -69,7 +69,7 @@ def _gathered_backward(
   # Lies as the parameter does, so that it is scattered as it is summed. The
   # transpose of the constraint would ask for all of it on every device.
   del residual
-  return (sharding.scattered(gradient, axes),)
+  return (sharding.constrained(sharding.halfway(gradient, axes), axes),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

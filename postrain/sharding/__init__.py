@@ -28,11 +28,11 @@ from postrain.sharding.rules import (
   by_parts,
   constrained,
   for_sampling,
+  halfway,
   num_parts,
   on,
   over_rows,
   platform,
-  scattered,
   sum_over_shards,
 )
 
@@ -49,6 +49,7 @@ __all__ = [
   'device_bytes',
   'fetched',
   'for_sampling',
+  'halfway',
   'in_host',
   'make_mesh',
   'num_parts',
@@ -63,7 +64,6 @@ __all__ = [
   'put_rows',
   'replicated',
   'rows',
-  'scattered',
   'shardings',
   'sum_over_shards',
 ]

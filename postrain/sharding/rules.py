@@ -51,9 +51,9 @@ SAMPLING = tuple(
   }.items()
 )
 
-# TPUs of an axis over which XLA sums and cuts in one; over more it sums for all
-# and cuts afterwards, which is twice as much to send.
-MAX_SCATTERED = 32
+# TPUs of an axis over which XLA gathers, or sums and cuts, in one step. Over
+# more it may sum for all where a gather or a scatter sends half of that.
+MAX_IN_ONE_STEP = 32
 
 _meshes: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
   'mesh', default=None
@@ -100,22 +100,23 @@ def constrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def scattered(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """`constrained`, for a sum over devices: each gets its part alone.
+def halfway(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """A step between whole and cut as its logical axes say, in either direction.
 
-  Over a wide axis of TPUs in two steps, the second within the first.
+  Over a wide ``fsdp`` axis of TPUs the array lies along one half of it alone;
+  elsewhere nothing is asked.
   """
   spec, mesh = _spec(x, axes), _meshes.get()
   if (
     spec
     and mesh
     and platform() == 'tpu'
-    and mesh.shape.get('fsdp', 1) > MAX_SCATTERED
+    and mesh.shape.get('fsdp', 1) > MAX_IN_ONE_STEP
     and not jax.sharding.get_abstract_mesh().manual_axes
   ):
-    first = NamedSharding(_with_halves(mesh), spec)
-    x = jax.lax.with_sharding_constraint(x, first)
-  return constrained(x, axes)
+    half = NamedSharding(_with_halves(mesh), spec)
+    x = jax.lax.with_sharding_constraint(x, half)
+  return x
 
 
 def _spec(x: jax.Array, axes: tuple[str | None, ...]) -> PartitionSpec | None:
